@@ -1,0 +1,1 @@
+"""The two commands: `dataprep` (rows -> blocks) and `finetune` (blocks -> tuned model)."""

@@ -1,0 +1,224 @@
+"""What the two YAML files may say: every key with its type, default and meaning, in one place.
+
+Takes the plain data of a YAML file (`config_file.load_config`), gives a `DataPrepConfig` or a `FinetuneConfig`.
+Building one has no side effect and imports nothing heavy; the key tables of `README.md` are made from here.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+DTYPES = {
+    "auto": "auto",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "float32": "float32",
+    "fp32": "float32",
+}
+
+
+class StrictModel(BaseModel):
+    """A section of a YAML file: unknown keys are errors, values are never converted in silence."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class MethodConfig(StrictModel):
+    """Code named from YAML: a registered name or `path.to.module::name`, and its arguments."""
+
+    method: str = Field(description="A registered name, or `path.to.module::name`.")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the method.")
+
+
+class DatasetConfig(StrictModel):
+    """Where rows or blocks come from. A bare path (`rows.jsonl`, `output/train`) is short for it."""
+
+    method: str = Field(
+        default="load_dataset",
+        description="`load_dataset`, `load_from_disk`, or `path.to.module::name`.",
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the method.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"method": "load_path", "kwargs": {"path": value}} if isinstance(value, str) else value
+
+
+OnTooLong = Literal["drop", "error", "truncate_contexts"]
+
+
+class DataPrepConfig(StrictModel):
+    """The YAML file of `dataprep`: rows -> rendered prompts -> tokens and labels -> packed blocks."""
+
+    source_config: DatasetConfig = Field(
+        description="The rows: columns `input`, `response` (str) and, if you like, `contexts` (list of str). "
+        "A path to a json, jsonl, csv or parquet file, or `method` and `kwargs`."
+    )
+    base_model: str = Field(
+        min_length=1,
+        description="Hub id or folder of the model to be tuned: its tokenizer is used, and its prompt format.",
+    )
+    prompt_config: MethodConfig = Field(
+        default=MethodConfig(method="DefaultPrompt"),
+        description="The task: system message, few-shot examples, templates.",
+    )
+    prompt_format_config: MethodConfig | None = Field(
+        default=None,
+        description="The model's role marks; default: what the model registry knows for `base_model`, else the "
+        "tokenizer's own chat template, else plain text.",
+    )
+    dataset_writer_config: MethodConfig = Field(
+        description="Where the blocks go: `save_to_disk` (`dataset_path`), `to_parquet`, `to_json` or `to_csv` "
+        "(`path_or_buf`); on disk or `s3://`.",
+    )
+    chunksize: int = Field(
+        default=2048, gt=0, description="Tokens in a block: examples are packed up to this length."
+    )
+    ignore_index: int = Field(
+        default=-100, lt=0, description="Label of a token that is not trained (prompt, padding)."
+    )
+    num_proc: int | None = Field(
+        default=None, gt=0, description="Threads that tokenize; default: all cores."
+    )
+    pack: bool = Field(default=True, description="`false` writes one example a block.")
+    pad_to_chunksize: bool = Field(
+        default=True, description="Pad every block to `chunksize`; `false` keeps blocks as long as they are."
+    )
+    seed: int | None = Field(
+        default=None, description="Shuffles the blocks; default: blocks in the order of their first row."
+    )
+    on_too_long: OnTooLong = Field(
+        default="drop",
+        description="A row longer than `chunksize`: `drop` counts and leaves it out, `error` stops, "
+        "`truncate_contexts` takes away whole contexts from the end, then the end of the input; never the response.",
+    )
+    allow_special_tokens_in_data: bool = Field(
+        default=False,
+        description="`true` lets text such as `<|im_end|>` in a row become the control token; by default it stays text.",
+    )
+    overwrite: bool = Field(default=False, description="Replace a data set that is already there.")
+
+
+def _canonical_dtype(value: Any) -> Any:
+    return DTYPES.get(value, value) if isinstance(value, str) else value
+
+
+def _a_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _has_no_output_dir(arguments: dict[str, Any]) -> dict[str, Any]:
+    if "output_dir" in arguments:
+        raise ValueError("`output_dir` is set by the key `local_output`")
+    return arguments
+
+
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_canonical_dtype)
+]
+
+
+class FinetuneConfig(StrictModel):
+    """The YAML file of `finetune`: packed blocks -> adapter or full model, checkpoints, `final_output`."""
+
+    base_model: str = Field(
+        min_length=1, description="Hub id or folder of the model to be tuned (any causal language model)."
+    )
+    train_dataset_config: DatasetConfig = Field(
+        description="The prepared blocks: a path, or `method` and `kwargs`."
+    )
+    eval_dataset_config: DatasetConfig | None = Field(
+        default=None, description="Prepared blocks for the evaluation loss; default: none."
+    )
+    local_output: str = Field(
+        min_length=1,
+        description="Folder of checkpoints (`output_dir` of the Trainer); the result is in its `final_output`.",
+    )
+    additional_output_paths: list[str] = Field(
+        default_factory=list,
+        description="fsspec URLs that `local_output` is copied to at every checkpoint and at the end.",
+    )
+    training_arguments: Annotated[dict[str, Any], AfterValidator(_has_no_output_dir)] = Field(
+        default_factory=dict,
+        description="Anything that Hugging Face `TrainingArguments` takes, over `default_training_arguments`.",
+    )
+    lora_config: dict[str, Any] | None = Field(
+        default_factory=dict,
+        description="Arguments of peft `LoraConfig`, over the model's defaults; `null` trains all weights.",
+    )
+    torch_dtype: Dtype = Field(
+        default="auto",
+        description="`bfloat16`, `float16`, `float32`, or `auto`: bfloat16 where the processor has it, else float32.",
+    )
+    load_in_4bit: bool = Field(
+        default=False, description="QLoRA: 4-bit base (nf4, double quantization, bfloat16 compute)."
+    )
+    load_in_8bit: bool = Field(default=False, description="8-bit base.")
+    quantization_config: dict[str, Any] | None = Field(
+        default=None, description="Arguments of `BitsAndBytesConfig`, over those of the two keys above."
+    )
+    resume_from_checkpoint: bool | str = Field(
+        default=True,
+        description="`true`: the newest whole checkpoint of `local_output`, if any; `false`: start anew; or a path.",
+    )
+    experiment_tracking_config: MethodConfig | None = Field(
+        default=None,
+        description="A tracker (`tensorboard`, `wandb`, `comet_ml`, `mlflow`, `trackio`) and its settings.",
+    )
+    report_to: Annotated[list[str] | None, BeforeValidator(_a_list)] = Field(
+        default=None,
+        description="Trackers by name, or `none`; default: that of `experiment_tracking_config`, else TensorBoard "
+        "when it is installed.",
+    )
+    allow_tokenizer_mismatch: bool = Field(
+        default=False, description="Train on blocks that another tokenizer made."
+    )
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "FinetuneConfig":
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("`load_in_4bit` and `load_in_8bit` exclude each other: keep one")
+        if self.is_quantized and self.lora_config is None:
+            raise ValueError(
+                "a quantized base cannot be trained in full: leave out `lora_config: null`, or the quantization"
+            )
+        return self
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base weights are loaded in 4 or 8 bits."""
+        return self.load_in_4bit or self.load_in_8bit or self.quantization_config is not None
+
+
+def default_training_arguments(
+    *, has_eval_dataset: bool = False, is_lora: bool = True, is_cuda: bool = False
+) -> dict[str, Any]:
+    """Our defaults of `TrainingArguments`; what the user sets under `training_arguments` wins over each."""
+    defaults: dict[str, Any] = {
+        "num_train_epochs": 1,
+        # 2 x 2 blocks of 2,048 tokens a step: fits a 7B QLoRA run into 16 GB, as in the 2023 original.
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 2,
+        # LoRA needs about ten times the rate of full fine-tuning (https://thinkingmachines.ai/blog/lora/).
+        "learning_rate": 2e-4 if is_lora else 2e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,  # a share of all steps; a fresh optimizer's first steps are its noisiest
+        "optim": "adamw_torch",
+        # Trades a quarter of the speed for memory: on a GPU memory is the limit, on a CPU time is.
+        "gradient_checkpointing": is_cuda,
+        "logging_strategy": "steps",
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 30,
+        "save_total_limit": 3,  # each holds optimizer state: three times the size of what is trained
+        # A NaN loss must be seen, not replaced by 0.0 in the log.
+        "logging_nan_inf_filter": False,
+    }
+    if has_eval_dataset:
+        defaults |= {"eval_strategy": "steps", "eval_steps": 30}  # with every checkpoint
+    return defaults

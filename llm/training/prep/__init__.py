@@ -1,0 +1,1 @@
+"""Data preparation, a stage a file: dataset -> encode -> pack -> write."""

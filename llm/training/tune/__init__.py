@@ -1,0 +1,1 @@
+"""Training, a stage a file: base_model -> adapter -> trainer -> checkpoints -> export."""
