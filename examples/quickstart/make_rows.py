@@ -19,6 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import holidays
@@ -37,7 +38,7 @@ SPELLINGS = {
 }
 CLEAN_NAME = re.compile(r"[A-Z][A-Za-z' -]{3,31}")
 DULL_NAMES = {"Public Holiday", "Additional Holiday", "Bank Holiday", "Special Holiday"}
-QUESTIONS = (
+QUESTIONS: tuple[str, ...] = (
     "When is {holiday} in {country} in {year}?",
     "On which date does {country} observe {holiday} in {year}?",
     "What is the {year} date of {holiday} in {country}?",
@@ -50,9 +51,9 @@ QUESTIONS_WITHOUT_YEAR = (
     "What is the date of {holiday} in {country}?",
 )
 SOURCES = (
-    ("{country}, public holidays {year}: ", "{holiday} - {day} {month}", "; "),
-    ("{year} calendar of {country}. ", "{holiday}: {day} {month}", ". "),
-    ("Holidays in {country} in {year}: ", "{holiday} on {day} {month}", ", "),
+    ("Public holidays in {country}. ", "{holiday}: {date}", ". "),
+    ("{country} calendar. ", "{holiday} is on {date}", ". "),
+    ("{country}: ", "{holiday} {date}", ", "),
 )
 Calendar = dict[str, date]
 
@@ -130,17 +131,14 @@ def choose_holiday(asked: Page, countries: list[str], rng: random.Random) -> str
 
 
 def source_text(source: Page, holiday: str, rng: random.Random) -> str:
-    """The page as a text with two or three entries in calendar order, `holiday` among them."""
+    """The page as a text with two entries in calendar order, `holiday` among them."""
     others = sorted(name for name in source.calendar if name != holiday)
     names = [holiday] if holiday in source.calendar else []
-    names += rng.sample(others, rng.choice((1, 2)) + 1 - len(names))
+    names += rng.sample(others, 2 - len(names))
     opening, entry, separator = rng.choice(SOURCES)
     days = sorted((source.calendar[name], name) for name in names)
-    entries = (
-        entry.format(holiday=name, day=day.day, month=day.strftime("%B")) for day, name in days
-    )
-    head = opening.format(country=source.country, year=source.year)
-    return head + separator.join(entries) + "."
+    entries = (entry.format(holiday=name, date=day.isoformat()) for day, name in days)
+    return opening.format(country=source.country) + separator.join(entries) + "."
 
 
 def make_row(key: str, countries: list[str], rng: random.Random) -> dict[str, object]:
@@ -181,9 +179,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Make the quickstart's rows.")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, metavar="FOLDER")
     folder: Path = parser.parse_args().to
-    if holidays.__version__ != HOLIDAYS_VERSION:
+    version = metadata.version("holidays")
+    if version != HOLIDAYS_VERSION:
         print(
-            f"holidays {holidays.__version__} is installed and has other dates: "
+            f"holidays {version} is installed and has other dates: "
             f"pip install holidays=={HOLIDAYS_VERSION}",
             file=sys.stderr,
         )
@@ -194,7 +193,7 @@ def main() -> int:
         lines = (json.dumps(row, ensure_ascii=True) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
         print(f"{name}.jsonl: {len(rows)} rows from {len(countries)} countries")
-    print(f"made with holidays {holidays.__version__}, seed {SEED}")
+    print(f"made with holidays {version}, seed {SEED}")
     return 0
 
 

@@ -1,0 +1,157 @@
+"""`PromptTokenizer`: a model's tokenizer as preparation needs it, text <-> ids and nothing hidden.
+
+No BOS or EOS is ever added behind our back: what the tokenizer would add is told as `added_bos`, and the prompt format
+puts it into the text. Control tokens that stand in user data can be kept as text (`keep_as_text`).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from llm.errors import ConfigError
+from llm.model_registry import check_is_reachable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Two private-use characters: around the number of a control token that is text, and of one that is a mark.
+_AS_TEXT, _AS_MARK = "\uf8fd", "\uf8fe"
+
+
+class PromptTokenizer:
+    """Ids of texts exactly as inference makes them; see the module docstring."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Wraps `tokenizer`; ConfigError when it is not backed by the tokenizers library."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ConfigError(
+                f"base_model: the tokenizer {type(tokenizer).__name__} has no fast version (tokenizer.json), "
+                "which preparation needs."
+            )
+        backend.no_truncation()
+        backend.no_padding()
+        self._tokenizer, self._backend = tokenizer, backend
+        added = tokenizer.added_tokens_decoder
+        self.control_tokens: dict[str, int] = {str(t): i for i, t in added.items() if t.special}
+        self.cut_tokens = [str(t) for t in added.values() if t.special and not t.lstrip]
+        """Control tokens whose left side is tokenized as if the text ended there."""
+        self.eos_token: str | None = tokenizer.eos_token
+        self.pad_token_id: int = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        plain, whole = backend.encode("a", add_special_tokens=False), backend.encode("a")
+        added_ids = whole.ids[: len(whole.ids) - len(plain.ids)] if whole.ids[-1:] == plain.ids[-1:] else []
+        self.added_bos: str = self.decode([added_ids])[0] if added_ids else ""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, control tokens recognised, nothing added; uses all cores."""
+        if any(_AS_TEXT in text for text in texts):
+            return [self._encode_kept(text) if _AS_TEXT in text else self.encode([text])[0] for text in texts]
+        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each list of ids, control tokens included."""
+        return self._backend.decode_batch([list(ids) for ids in batch], skip_special_tokens=False)
+
+    def keep_as_text(self, text: str) -> str:
+        """`text` in which every control token is marked to stay text; `encode` honours the marks, `unmark` lifts them.
+
+        ValueError when `text` holds both a control token and one of our private marks.
+        """
+        if not any(token in text for token in self.control_tokens):
+            return text
+        if _AS_TEXT in text or _AS_MARK in text:
+            raise ValueError("control tokens beside the private characters U+F8FD or U+F8FE")
+        for token, number in self._by_length:
+            text = text.replace(token, f"{_AS_TEXT}{number}{_AS_TEXT}")
+        return text
+
+    def unmark(self, text: str) -> str:
+        """The text as it was before `keep_as_text`."""
+        if _AS_TEXT in text:
+            for token, number in self._by_length:
+                text = text.replace(f"{_AS_TEXT}{number}{_AS_TEXT}", token)
+        return text
+
+    def render_chat(self, messages: list[dict[str, str]], *, is_open: bool, **kwargs: Any) -> str:
+        """The tokenizer's chat template over `messages`; `is_open`: ends where the assistant is to answer."""
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=is_open, **kwargs
+        )
+        return str(text)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's own chat template; None when it has none."""
+        try:
+            return self._tokenizer.get_chat_template()
+        except ValueError:
+            return None
+
+    @property
+    def fingerprint(self) -> str:
+        """See `tokenizer_fingerprint`."""
+        return tokenizer_fingerprint(self._tokenizer)
+
+    @cached_property
+    def is_lossless(self) -> bool:
+        """Whether decoding gives back the text: false for tokenizers that lower-case or drop white space."""
+        mark = next(iter(self.control_tokens), "")
+        probe = f"{mark}Ab  c\n\n  {mark}\nd É{mark}"
+        return self.decode(self.encode([probe])) == [probe]
+
+    @cached_property
+    def _by_length(self) -> list[tuple[str, int]]:
+        return sorted(self.control_tokens.items(), key=lambda item: -len(item[0]))
+
+    @cached_property
+    def _renamed(self) -> Tokenizer:
+        """A copy in which the control tokens bear private names, so that their usual names are plain text."""
+        facts = json.loads(self._backend.to_str())
+        names = {token: f"{_AS_MARK}{number}{_AS_MARK}" for token, number in self.control_tokens.items()}
+        for token in facts["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        facts["post_processor"] = None  # it may look for tokens by their usual names
+        vocabulary = facts["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            facts["model"]["vocab"] = {names.get(piece, piece): number for piece, number in vocabulary.items()}
+        else:
+            facts["model"]["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+        if facts["model"].get("unk_token") in names:
+            facts["model"]["unk_token"] = names[facts["model"]["unk_token"]]
+        return Tokenizer.from_str(json.dumps(facts))
+
+    def _encode_kept(self, text: str) -> list[int]:
+        for token, number in self._by_length:
+            text = text.replace(token, f"{_AS_MARK}{number}{_AS_MARK}")
+        return self._renamed.encode(self.unmark(text), add_special_tokens=False).ids
+
+
+def load_prompt_tokenizer(base_model: str) -> PromptTokenizer:
+    """The tokenizer of a hub id or folder; ConfigError when there is none."""
+    check_is_reachable(base_model)
+    from transformers import AutoTokenizer  # 3 s with torch: not before the configuration is known to be right
+
+    try:
+        return PromptTokenizer(AutoTokenizer.from_pretrained(base_model))
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"base_model: no tokenizer at `{base_model}`: {first_line} "
+            "Give a hub id, or a folder that holds tokenizer.json."
+        ) from error
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A hash of everything that makes ids of text: vocabulary, merges, added tokens, normalisation.
+
+    The same for a hub copy and a saved folder; padding, truncation and the chat template do not count.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    facts = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    for setting in ("padding", "truncation"):
+        facts.pop(setting, None)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

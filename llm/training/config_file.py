@@ -1,0 +1,135 @@
+"""A YAML file -> a checked config, or one ConfigError that holds every problem of the file.
+
+Takes a path, a schema of `config.py` and the command line's `--set`; gives the config. The file is read by
+`yaml_text.py`, the schema is checked by `schema_problems.py`, the library sections by `library_keys.py`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from llm.errors import ConfigError
+from llm.training import library_keys
+from llm.training.config import DataPrepConfig, FinetuneConfig, default_training_arguments
+from llm.training.config_problem import Place, Problem, problem_text
+from llm.training.config_secrets import mask_line, secret_problems
+from llm.training.schema_problems import validate
+from llm.training.yaml_text import Document, parse_yaml, read_yaml
+
+ConfigT = TypeVar("ConfigT", DataPrepConfig, FinetuneConfig)
+
+
+def load_config(path: str, schema: type[ConfigT], *, overrides: Sequence[str] = ()) -> ConfigT:
+    """The config in the YAML file at `path`, as `schema`.
+
+    `overrides` are `training_arguments.max_steps=10` (the value is YAML) and win over the file. `${env:NAME}` in
+    a value becomes the text of that environment variable. Raises one ConfigError with all problems, each with
+    file, line, column, the line itself, what is wrong and what to write.
+    """
+    document = read_yaml(path)
+    for override in overrides:
+        _override(document, override)
+    config, problems = validate(document.data, schema)
+    problems = document.problems + problems
+    if schema is FinetuneConfig:
+        problems += _library_problems(document.data) + list(_cross_key_problems(document.data))
+    secrets = [Problem(path=at, text=text) for at, text in secret_problems(document.data)]
+    secret_paths = {secret.path for secret in secrets}
+    problems = secrets + [problem for problem in problems if problem.path not in secret_paths]
+    if config is None or problems:
+        raise ConfigError(_message(document, problems))
+    return config
+
+
+def _message(document: Document, problems: Sequence[Problem]) -> str:
+    placed = [(problem, problem.place or document.place(problem.path)) for problem in problems]
+    placed.sort(key=lambda pair: pair[1].line_number)  # those of the whole file first
+    texts = list(dict.fromkeys(problem_text(problem, place) for problem, place in placed))
+    count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
+    return f"{document.source} has {count}:\n\n" + "\n\n".join(texts)
+
+
+def _override(document: Document, override: str) -> None:
+    """Sets what `--set key.key=value` says; its problems are placed at the command line."""
+    place, shown = Place(where="--set", line=override), mask_line(override)
+    dotted, equals, text = override.partition("=")
+    *sections, key = path = tuple(part.strip() for part in dotted.split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"--set {shown}: write `--set key=value`, or `--set section.key=value`.")
+    section = document.data
+    for depth, name in enumerate(sections, start=1):
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            given = document.place(path[:depth]).where
+            raise ConfigError(f"--set {shown}: `{name}` holds no keys in {given}. Set `{name}` itself.")
+    value = parse_yaml(text, source=f"--set {dotted}")
+    section[key] = value.data
+    for known in [known for known in document.places if known[: len(path)] == path]:
+        del document.places[known]
+    document.problems[:] = [problem for problem in document.problems if problem.path[: len(path)] != path]
+    for item in value.problems:
+        document.problems.append(Problem(path=(*path, *item.path), text=item.text, place=place))
+    document.places[path] = place
+
+
+# --- the sections of the libraries, and rules across keys -------------------------------------------------
+
+
+def _library_problems(data: Mapping[str, Any]) -> list[Problem]:
+    return [
+        Problem(path=(section, key), text=text)
+        for section in library_keys.SECTIONS
+        for key, text in library_keys.problems_of(section, _section(data, section))
+    ]
+
+
+def _section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = data.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _cross_key_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Rules that no schema sees, since they join a library's keys to ours."""
+    yield from _eval_problems(data)
+    yield from _best_model_problems(data)
+    quantization = _section(data, "quantization_config")
+    bits = [key for key in ("load_in_4bit", "load_in_8bit") if quantization.get(key, data.get(key)) is True]
+    if data.get("quantization_config") is not None and not bits:
+        text = "`quantization_config` says how to quantize, not to how many bits. Add `load_in_4bit: true`."
+        yield Problem(path=("quantization_config",), text=text)
+    if len(bits) == 2 and not all(data.get(key) is True for key in bits):  # that case is the schema's
+        text = "`load_in_4bit` and `load_in_8bit` exclude each other, here and one level up. Keep one."
+        key = next(key for key in bits if key in quantization)
+        yield Problem(path=("quantization_config", key), text=text)
+
+
+def _eval_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
+    training = _section(data, "training_arguments")
+    if data.get("eval_dataset_config") is not None:
+        return
+    for key in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
+        value = training.get(key)
+        if value is True or (key == "eval_strategy" and value in ("steps", "epoch")):
+            text = f"`{key}` needs blocks to evaluate. Add `eval_dataset_config`, or delete `{key}`."
+            yield Problem(path=("training_arguments", key), text=text)
+
+
+def _best_model_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """`load_best_model_at_end` compares evaluations at checkpoints: both must fall on the same steps."""
+    given = _section(data, "training_arguments")
+    if given.get("load_best_model_at_end") is not True or data.get("eval_dataset_config") is None:
+        return
+    training = default_training_arguments(has_eval_dataset=True) | given
+    save, evaluate = training["save_strategy"], training["eval_strategy"]
+    save_steps, eval_steps = training["save_steps"], training["eval_steps"]
+    text = ""
+    if save not in ("best", evaluate):
+        text = f"the same `save_strategy` and `eval_strategy`, not `{save}` and `{evaluate}`"
+    elif save == "steps" and _are_integers(save_steps, eval_steps) and save_steps % eval_steps:
+        text = f"`save_steps` ({save_steps}) to be a multiple of `eval_steps` ({eval_steps})"
+    if text:
+        path = ("training_arguments", "load_best_model_at_end")
+        yield Problem(path=path, text=f"`load_best_model_at_end` needs {text}.")
+
+
+def _are_integers(*values: Any) -> bool:
+    return all(type(value) is int and value > 0 for value in values)

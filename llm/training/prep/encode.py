@@ -1,0 +1,229 @@
+"""Stage 3: rows -> examples (ids and which of them are trained), holding the five invariants for every one.
+
+    I1  the ids before the first label are the ids of the prompt text alone, as inference makes them
+    I2  decoding the ids gives the rendered text
+    I3  no prompt token is a label; every response token and the stop token are
+    I4  few-shot examples and contexts are never labels
+    I5  control-token text in a row stays text
+
+Tokenizing prompt and response together can merge across the boundary, tokenizing them apart puts a stray space before
+the answer with SentencePiece. So: the ids of the whole where the prompt's ids begin it, else the *anchored join*, the
+ids of one character and the response behind the ids of that character.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from llm.chat_template import ChatTemplateFormat
+from llm.errors import ConfigError, DataError
+from llm.prompt import Message, Prompt
+from llm.prompt_format import PromptFormat, Segment, last_control_token
+from llm.tokenizer import PromptTokenizer
+from llm.training.config import OnTooLong
+from llm.training.prep.dataset import Row
+
+DropReason = Literal["empty_response", "too_long", "not_representable", "no_exact_boundary"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """The tokens of one row.
+
+    text      = "Q: 1+1? A: 2</s>"
+    input_ids = [48, 25, 220, 16, 30, 362, 25, 220, 17, 2]
+    trained   = ((7, 10),)                  half-open ranges of ids that become labels; the last id is the stop token
+    """
+
+    row: int
+    text: str
+    input_ids: list[int]
+    trained: tuple[tuple[int, int], ...]
+    num_cut_contexts: int = 0
+    num_cut_characters: int = 0
+    has_control_text: bool = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether contexts or input were shortened to fit."""
+        return bool(self.num_cut_contexts or self.num_cut_characters)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens before the first label."""
+        return self.trained[0][0]
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Tokens that become labels."""
+        return sum(end - start for start, end in self.trained)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """A row that became no example, and why; `num_tokens` where it was tokenized."""
+
+    row: int
+    reason: DropReason
+    num_tokens: int = 0
+
+
+Outcome = Example | Dropped
+
+
+class _Joint(NamedTuple):
+    """A prompt and its response, cut so that each piece is tokenized as it is in the whole text.
+
+    `lead` is the stop token before (dropped again), `head` ends where a control token begins, `tail` is the rest of the
+    prompt: mostly a constant such as `<|im_start|>assistant\\n`.
+    """
+
+    lead: str
+    head: str
+    tail: str
+    response: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Turns rows into examples of at most `max_tokens` tokens."""
+
+    tokenizer: PromptTokenizer
+    prompt: Prompt
+    prompt_format: PromptFormat | ChatTemplateFormat
+    max_tokens: int
+    on_too_long: OnTooLong = "drop"
+    allow_special_tokens_in_data: bool = False
+
+    def check_room(self) -> None:
+        """ConfigError when the fixed part of the prompt (system message, few-shot examples, marks) leaves no room."""
+        empty = self._encode_all([Row(number=0, input="", response="")])[0]
+        num_tokens = empty.num_tokens if isinstance(empty, Dropped) else len(empty.input_ids)
+        if num_tokens >= self.max_tokens:
+            raise ConfigError(
+                f"chunksize: the prompt alone (system message, few-shot examples, marks) takes {num_tokens} tokens, and a "
+                f"block holds {self.max_tokens}. Set chunksize above {num_tokens}, or shorten prompt_config."
+            )
+
+    def encode(self, rows: Sequence[Row]) -> list[Outcome]:
+        """What became of each row, in order; DataError where `on_too_long: error` forbids dropping."""
+        outcomes: dict[int, Outcome] = {}
+        full = []
+        for row in rows:
+            if row.response.strip():
+                full.append(row)
+            else:
+                outcomes[row.number] = Dropped(row=row.number, reason="empty_response")
+        for row, outcome in zip(full, self._encode_all(full), strict=True):
+            outcomes[row.number] = self._fitted(row, outcome)
+        return [outcomes[row.number] for row in rows]
+
+    def _fitted(self, row: Row, outcome: Outcome) -> Outcome:
+        if isinstance(outcome, Dropped) or len(outcome.input_ids) <= self.max_tokens:
+            return outcome
+        num_tokens = len(outcome.input_ids)
+        if self.on_too_long == "error":
+            raise DataError(
+                f"row {row.number}: {num_tokens} tokens, a block holds {self.max_tokens} (chunksize). Raise chunksize, or "
+                "set on_too_long to `drop` or `truncate_contexts`."
+            )
+        cut = self._truncate(row) if self.on_too_long == "truncate_contexts" else None
+        return cut or Dropped(row=row.number, reason="too_long", num_tokens=num_tokens)
+
+    def _truncate(self, row: Row) -> Example | None:
+        """The example with as many leading contexts as fit, then as much of the input; None when nothing helps."""
+        for kept in range(len(row.contexts) - 1, -1, -1):
+            example = self._try(replace(row, contexts=row.contexts[:kept]))
+            if example:
+                return replace(example, num_cut_contexts=len(row.contexts) - kept)
+        low, high, best = 0, len(row.input), None
+        while low < high:  # the longest input that fits, by bisection over characters
+            middle = (low + high) // 2
+            example = self._try(replace(row, contexts=(), input=row.input[:middle]))
+            best, low, high = (example, middle + 1, high) if example else (best, low, middle)
+        cut = len(row.input) - (low - 1)
+        return best and replace(best, num_cut_contexts=len(row.contexts), num_cut_characters=cut)
+
+    def _try(self, row: Row) -> Example | None:
+        outcome = self._encode_all([row])[0]
+        return outcome if isinstance(outcome, Example) and len(outcome.input_ids) <= self.max_tokens else None
+
+    def _encode_all(self, rows: Sequence[Row]) -> list[Outcome]:
+        segments = [self._segments(row) for row in rows]
+        joints = [joint for one in segments for joint in self._joints(one)]
+        ids = iter(self._join_all(joints))
+        outcomes = [self._example(row, one, ids) for row, one in zip(rows, segments, strict=True)]
+        return self._checked(outcomes)
+
+    def _segments(self, row: Row) -> list[Segment]:
+        keep = str if self.allow_special_tokens_in_data else self.tokenizer.keep_as_text
+        try:
+            message = Message(keep(row.input), keep(row.response), [keep(text) for text in row.contexts])
+            return self.prompt.segments([message], self.prompt_format)
+        except (ValueError, DataError) as error:
+            raise DataError(f"row {row.number}: {error}") from error
+
+    def _joints(self, segments: Sequence[Segment]) -> list[_Joint]:
+        joints: list[_Joint] = []
+        for prompt, response in zip(segments[::2], segments[1::2], strict=False):
+            lead = self.prompt_format.stop if joints else ""
+            opening = lead + prompt.text
+            token = last_control_token(opening, self.tokenizer.cut_tokens)
+            cut = opening.rfind(token) if token else 0
+            joints.append(_Joint(lead, opening[:cut], opening[cut:], response.text))
+        return joints
+
+    def _join_all(self, joints: Sequence[_Joint]) -> list[tuple[list[int], list[int] | None]]:
+        """Per joint the prompt ids, and the response ids; None where no exact join exists."""
+        texts = dict.fromkeys(joint.tail for joint in joints)
+        texts |= dict.fromkeys(joint.head for joint in joints)
+        texts |= dict.fromkeys(joint.tail + joint.response for joint in joints)
+        ids_of = dict(zip(texts, self.tokenizer.encode(list(texts)), strict=True))
+        found = []
+        for joint in joints:
+            head, tail, whole = (ids_of[t] for t in (joint.head, joint.tail, joint.tail + joint.response))
+            response = whole[len(tail) :] if whole[: len(tail)] == tail else self._anchored(joint, tail, whole)
+            found.append(((head + tail)[bool(joint.lead) :], response))
+        return found
+
+    def _anchored(self, joint: _Joint, tail: list[int], whole: list[int]) -> list[int] | None:
+        text = self.tokenizer.decode([whole])[0]
+        for anchor in (joint.tail[-1:], "\n", "]", ""):
+            behind, both = self.tokenizer.encode([anchor, anchor + joint.response])
+            response = both[len(behind) :]
+            if both[: len(behind)] == behind and self.tokenizer.decode([tail + response])[0] == text:
+                return response
+        return None
+
+    def _example(self, row: Row, segments: Sequence[Segment], ids: Iterator[tuple[list[int], list[int] | None]]) -> Outcome:
+        input_ids: list[int] = []
+        trained = []
+        for segment in segments[1::2]:
+            prompt, response = next(ids)
+            if response is None:
+                return Dropped(row=row.number, reason="no_exact_boundary")
+            input_ids += prompt
+            start = len(input_ids)
+            input_ids += response
+            if segment.is_trained:
+                trained.append((start, len(input_ids)))
+        marked = "".join(segment.text for segment in segments)
+        text = self.tokenizer.unmark(marked)
+        return Example(
+            row=row.number, text=text, input_ids=input_ids, trained=tuple(trained), has_control_text=text != marked
+        )
+
+    def _checked(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """I2 and the stop token, for every example."""
+        examples = [outcome for outcome in outcomes if isinstance(outcome, Example)]
+        decoded = dict(zip((e.row for e in examples), self.tokenizer.decode([e.input_ids for e in examples]), strict=True))
+        stop = self.tokenizer.control_tokens[self.prompt_format.stop]
+        checked: list[Outcome] = []
+        for outcome in outcomes:
+            if isinstance(outcome, Example):
+                assert outcome.input_ids[-1] == stop, "a format ends every response with its stop token"
+                if self.tokenizer.is_lossless and decoded[outcome.row] != outcome.text:
+                    num_tokens = len(outcome.input_ids)
+                    outcome = Dropped(row=outcome.row, reason="not_representable", num_tokens=num_tokens)
+            checked.append(outcome)
+        return checked

@@ -1,0 +1,56 @@
+"""Runs stages 1 to 3 over all rows on this machine: one process, the tokenizer's own threads on all cores."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm.errors import DataError
+from llm.prompt_registry import make_prompt, make_prompt_format
+from llm.terminal import track
+from llm.tokenizer import load_prompt_tokenizer
+from llm.training.config import DataPrepConfig
+from llm.training.prep.dataset import iterate_rows
+from llm.training.prep.encode import Encoder
+from llm.training.prep.store import Examples, ExampleWriter
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_ROWS_AT_ONCE = 1000
+
+
+def open_encoder(config: DataPrepConfig) -> Encoder:
+    """The encoder of `config`; ConfigError for whatever is wrong with model, prompt or format, before any row is read."""
+    if config.num_proc:
+        os.environ["RAYON_NUM_THREADS"] = str(config.num_proc)  # read once, when the tokenizer first runs
+    prompt = make_prompt(config.prompt_config.method, config.prompt_config.kwargs)
+    tokenizer = load_prompt_tokenizer(config.base_model)
+    chosen = config.prompt_format_config
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        prompt=prompt,
+        prompt_format=make_prompt_format(
+            chosen and chosen.method,
+            chosen.kwargs if chosen else {},
+            base_model=config.base_model,
+            tokenizer=tokenizer,
+        ),
+        max_tokens=config.chunksize,
+        on_too_long=config.on_too_long,
+        allow_special_tokens_in_data=config.allow_special_tokens_in_data,
+    )
+    encoder.check_room()
+    return encoder
+
+
+def encode_rows(rows: "Dataset", encoder: Encoder, folder: Path) -> Examples:
+    """The examples of all rows, spilled to `folder`; DataError when none is left, with the reasons."""
+    batches = iterate_rows(rows, batch_size=_ROWS_AT_ONCE)
+    with ExampleWriter(folder) as writer:
+        for batch in track(batches, total=len(rows), description="Tokenizing", unit="rows"):
+            writer.add(batch, encoder.encode(batch))
+    examples = writer.read()
+    if not len(examples.lengths):
+        told = ", ".join(f"{count} {what.removeprefix('dropped: ')}" for what, count in examples.counts().items())
+        raise DataError(f"source_config: every one of the {len(rows)} rows was dropped: {told}. Nothing was written.")
+    return examples

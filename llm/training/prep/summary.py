@@ -1,0 +1,118 @@
+"""What a preparation did: the ledger with the block of every row, the manifest's facts, the table at the end."""
+
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llm.terminal import console, print_table
+from llm.training.config import DataPrepConfig, MethodConfig
+from llm.training.prep.encode import Encoder
+from llm.training.prep.manifest import FORMAT_VERSION, Manifest, Sample
+from llm.training.prep.pack import Packing
+from llm.training.prep.store import Examples
+
+_ADVICE = {
+    "too_long": "longer than chunksize: raise it, or set on_too_long",
+    "empty_response": "no response to learn from",
+    "not_representable": "the tokenizer has no tokens for some of its characters",
+    "no_exact_boundary": "prompt and response cannot be told apart in tokens",
+}
+
+
+def ledger_with_blocks(examples: Examples, packing: Packing) -> pa.Table:
+    """The ledger and, for every row that was kept, the number of its block (null for a dropped one)."""
+    block_of = np.empty(len(packing.examples), dtype=np.int64)
+    block_of[packing.examples] = np.repeat(np.arange(packing.num_blocks), np.diff(packing.block_starts))
+    is_dropped = pc.equal(examples.ledger["outcome"], "dropped").to_numpy()
+    blocks = np.full(len(is_dropped), -1)
+    blocks[~is_dropped] = block_of
+    return examples.ledger.append_column("block", pa.array(blocks, mask=is_dropped))
+
+
+def make_manifest(
+    config: DataPrepConfig, encoder: Encoder, examples: Examples, packing: Packing
+) -> Manifest:
+    """The facts of a finished preparation; asserts that the row counts add up."""
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        base_model=config.base_model,
+        tokenizer_fingerprint=encoder.tokenizer.fingerprint,
+        prompt=config.prompt_config.model_dump(),
+        prompt_format={"method": type(encoder.prompt_format).__name__, "kwargs": _kwargs(config.prompt_format_config)},
+        chat_template=None,
+        stop_token=encoder.prompt_format.stop,
+        stop_token_id=encoder.tokenizer.control_tokens[encoder.prompt_format.stop],
+        samples=_samples(examples),
+        source=config.source_config.model_dump() | {"fingerprint": examples.source_fingerprint},
+        counts=_counts(examples, packing, config.chunksize),
+        chunksize=config.chunksize,
+        ignore_index=config.ignore_index,
+        seed=config.seed,
+        versions={name: version(name) for name in ("llm-train", "transformers", "tokenizers", "datasets", "pyarrow")},
+    )
+
+
+def print_summary(manifest: Manifest, path: str) -> None:
+    """The table at the end of `dataprep`."""
+    counts = manifest.counts
+    rows = [("rows read", f"{counts['rows_read']:,}"), ("kept whole", f"{counts['rows_kept']:,}")]
+    if counts["rows_cut"]:
+        rows.append(("kept, cut to fit", f"{counts['rows_cut']:,}"))
+    for reason, found in counts["rows_dropped"].items():
+        first = ", ".join(map(str, found["first_rows"]))
+        rows.append((f"dropped: {reason}", f"{found['rows']:,}  ({_ADVICE[reason]}; rows {first})"))
+    if counts["rows_with_control_text"]:
+        rows.append(("with control-token text", f"{counts['rows_with_control_text']:,}  (kept as text)"))
+    share = counts["trained_tokens"] / counts["tokens"]
+    rows += [
+        ("tokens", f"{counts['tokens']:,}"),
+        ("trained tokens", f"{counts['trained_tokens']:,}  ({share:.0%})"),
+        ("blocks", f"{counts['blocks']:,} of {manifest.chunksize:,} tokens, {counts['density']:.1%} full"),
+        ("format", f"{manifest.prompt_format['method']}, stop token {manifest.stop_token}"),
+        ("written to", path),
+    ]
+    print_table("Prepared", rows)
+
+
+def _kwargs(config: MethodConfig | None) -> dict[str, Any]:
+    return config.kwargs if config else {}
+
+
+def _counts(examples: Examples, packing: Packing, chunksize: int) -> dict[str, Any]:
+    ledger = examples.ledger
+    outcomes = examples.counts()
+    dropped = {
+        outcome.removeprefix("dropped: "): {"rows": count, "first_rows": _first_rows(ledger, outcome)}
+        for outcome, count in sorted(outcomes.items())
+        if outcome.startswith("dropped: ")
+    }
+    tokens = int(examples.lengths.sum())
+    counts = {
+        "rows_read": ledger.num_rows,
+        "rows_kept": outcomes["kept"],
+        "rows_cut": outcomes["cut"],
+        "rows_dropped": dropped,
+        "rows_with_control_text": pc.sum(ledger["has_control_text"]).as_py() or 0,
+        "tokens": tokens,
+        "trained_tokens": pc.sum(ledger["num_trained_tokens"]).as_py(),
+        "blocks": packing.num_blocks,
+        "density": round(tokens / (packing.num_blocks * chunksize), 4),
+    }
+    num_dropped = sum(found["rows"] for found in dropped.values())
+    assert counts["rows_read"] == counts["rows_kept"] + counts["rows_cut"] + num_dropped, "a row vanished"
+    assert len(packing.examples) == counts["rows_kept"] + counts["rows_cut"], "an example vanished"
+    return counts
+
+
+def _first_rows(ledger: pa.Table, outcome: str) -> list[int]:
+    rows = ledger.filter(pc.equal(ledger["reason"], outcome.removeprefix("dropped: ")))["row"]
+    return rows.slice(0, 5).to_pylist()
+
+
+def _samples(examples: Examples) -> list[Sample]:
+    return [
+        Sample(input=row.input, contexts=list(row.contexts), prompt_ids=ids) for row, ids in examples.samples
+    ]

@@ -1,0 +1,75 @@
+"""Stage 5, second half: blocks -> the data set at its target, then the ledger, then the manifest (last)."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm.errors import DataError
+from llm.registry import call_method, resolve_method
+from llm.training.config import MethodConfig
+from llm.training.prep.blocks import BLOCK_SCHEMA
+from llm.training.prep.manifest import Manifest, write_manifest
+from llm.training.prep.target import KEY, Target
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DATASET_WRITERS = {
+    "save_to_disk": "datasets::Dataset.save_to_disk",
+    "to_parquet": "datasets::Dataset.to_parquet",
+    "to_json": "datasets::Dataset.to_json",
+    "to_csv": "llm.training.prep.write::to_csv",
+}
+
+
+def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path) -> "Dataset":
+    """The blocks as a data set that is memory-mapped from a file in `folder`; the same bytes give the same fingerprint."""
+    from datasets import Dataset
+
+    path = folder / "blocks.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, BLOCK_SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    with path.open("rb") as file:
+        fingerprint = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+    return Dataset(Dataset.from_file(str(path)).data, fingerprint=fingerprint)
+
+
+def write_dataset(blocks: "Dataset", writer: MethodConfig, target: Target) -> None:
+    """Hands the blocks to the writer method, with `target` as its path."""
+    from datasets.utils import disable_progress_bars, enable_progress_bars
+
+    method = resolve_method(writer.method, DATASET_WRITERS, key=f"{KEY}.method")
+    disable_progress_bars()  # theirs goes by examples of a shard, beside our own
+    try:
+        call_method(method, blocks, kwargs={**writer.kwargs, target.path_key: target.path}, key=KEY)
+    except OSError as error:
+        raise DataError(f"{KEY}: cannot write to `{target.path}`: {error}") from error
+    finally:
+        enable_progress_bars()
+
+
+def write_records(ledger: pa.Table, manifest: Manifest, target: Target) -> None:
+    """The ledger and then the manifest, beside the blocks: from here on the data set is complete."""
+    with fsspec.open(target.ledger_path, "wb") as file:
+        pq.write_table(ledger, file)
+    write_manifest(manifest, target.path)
+
+
+def to_csv(dataset: "Dataset", path_or_buf: str, **kwargs: Any) -> None:
+    """Writes CSV whose lists are JSON (`[1, 2]`), which `load_blocks` reads back; without that they come back as text."""
+    as_json = dataset.map(_lists_as_json, batched=True, remove_columns=dataset.column_names)
+    as_json.to_csv(path_or_buf, **kwargs)
+
+
+def _lists_as_json(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
+    return {
+        name: [value if isinstance(value, str) else json.dumps(value) for value in values]
+        for name, values in batch.items()
+    }

@@ -1,0 +1,168 @@
+"""Prepared blocks checked against the model before the first step: what would train garbage, or nothing, is an error.
+
+Reads the columns as Arrow arrays, a thousand blocks at a time: no token passes through Python.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm.errors import DataError
+from llm.tokenizer import tokenizer_fingerprint
+from llm.training.prep.manifest import Manifest
+from llm.training.tune.collator import COLUMNS
+
+logger = logging.getLogger(__name__)
+_BLOCKS_AT_ONCE = 1000
+
+Ints = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFacts:
+    """What a prepared data set holds; `is_packed`: some block has more than one node."""
+
+    num_blocks: int
+    num_tokens: int
+    num_trained_tokens: int
+    is_packed: bool
+
+
+def check_blocks(dataset: Dataset, model: PreTrainedModel, *, key: str) -> BlockFacts:
+    """The facts of `dataset`, whose blocks the model can train on.
+
+    DataError, with the block's number, for missing columns, no blocks, no label at all, ids beyond the vocabulary,
+    positions beyond the model's, columns that do not fit together, and a label that no token of its node predicts.
+    """
+    _check_columns(dataset, key)
+    num_tokens = num_labels = max_nodes = first = 0
+    for table in dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(batch_size=_BLOCKS_AT_ONCE):
+        blocks = _Blocks(table, key=key, first=first)
+        blocks.check_shape()
+        blocks.check_limits(model)
+        num_tokens += int(blocks.nodes.sum())
+        num_labels += int((blocks.labels >= 0).sum())
+        max_nodes = max(max_nodes, int(blocks.num_nodes.max()))
+        first += table.num_rows
+    if num_labels == 0:
+        raise DataError(
+            f"{key}: none of the {num_tokens:,} tokens is trained: every label is masked. Look at the `labels` that "
+            "dataprep wrote, and at its `ignore_index`."
+        )
+    return BlockFacts(
+        num_blocks=len(dataset), num_tokens=num_tokens, num_trained_tokens=num_labels, is_packed=max_nodes > 1
+    )
+
+
+def check_tokenizer(
+    manifest: Manifest, tokenizer: PreTrainedTokenizerBase, *, key: str, allow_mismatch: bool
+) -> None:
+    """DataError when another tokenizer made the blocks; with `allow_mismatch` a warning."""
+    found = tokenizer_fingerprint(tokenizer)
+    if found == manifest.tokenizer_fingerprint:
+        return
+    text = (
+        f"{key}: the blocks were made with the tokenizer {manifest.tokenizer_fingerprint} of `{manifest.base_model}`, "
+        f"`base_model` has the tokenizer {found}: the same ids mean other words."
+    )
+    if not allow_mismatch:
+        raise DataError(f"{text} Run dataprep with this `base_model`, or write `allow_tokenizer_mismatch: true`.")
+    logger.warning("%s Going on, as `allow_tokenizer_mismatch` says.", text)
+
+
+class _Blocks:
+    """Some blocks as flat arrays: `ids`, `labels`, `positions` of all tokens, `sizes` and `num_nodes` of each block."""
+
+    def __init__(self, table: pa.Table, *, key: str, first: int) -> None:
+        self._key, self._first = key, first
+        self.ids, self.sizes = _flat(table["input_ids"])
+        self.labels, self._num_labels = _flat(table["labels"])
+        self.positions, self._num_positions = _flat(table["position_ids"])
+        self.nodes, self.num_nodes = _flat(table["node_lengths"])
+        self.parents, self._num_parents = _flat(table["node_parents"])
+
+    def check_shape(self) -> None:
+        """DataError where the columns do not fit together, or a node begins with a label."""
+        block_of_node = np.repeat(np.arange(len(self.num_nodes)), self.num_nodes)
+        node_tokens = np.bincount(block_of_node, weights=self.nodes, minlength=len(self.sizes))
+        self._refuse(
+            (self._num_labels != self.sizes) | (self._num_positions != self.sizes),
+            "`labels`, `position_ids` and `input_ids` differ in length",
+        )
+        self._refuse(
+            (node_tokens > self.sizes) | (node_tokens == 0) | (self._num_parents != self.num_nodes),
+            "`node_lengths` and `node_parents` do not describe its tokens",
+        )
+        node_in_block = np.arange(len(self.nodes)) - np.repeat(_starts(self.num_nodes), self.num_nodes)
+        self._refuse_nodes(self.parents >= node_in_block, "a node of `node_parents` comes before its parent")
+        skipped = np.repeat(_starts(self.sizes) - _starts(node_tokens), self.num_nodes).astype(np.int64)
+        is_label = self.labels[_starts(self.nodes) + skipped] >= 0
+        self._refuse_nodes(is_label, "the first token of a node is a label, which no token of its node predicts")
+
+    def check_limits(self, model: PreTrainedModel) -> None:
+        """DataError for ids and positions that the model does not have."""
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        block_of_token = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        for name, values in (("input_ids", self.ids), ("labels", self.labels)):
+            wrong = (values >= vocab_size) | ((values < 0) if name == "input_ids" else False)
+            if wrong.any():
+                raise self._error(
+                    int(block_of_token[wrong.argmax()]),
+                    f"`{name}` has the id {values[wrong.argmax()]}, the model knows 0 to {vocab_size - 1}",
+                )
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(self.positions) and self.positions.max() >= limit:
+            worst = int(self.positions.argmax())
+            raise self._error(
+                int(block_of_token[worst]),
+                f"an example has {self.positions[worst] + 1} tokens, the model has positions for {limit}: lower "
+                "`chunksize`, and",
+            )
+
+    def _refuse(self, is_wrong: npt.NDArray[np.bool_], reason: str) -> None:
+        if is_wrong.any():
+            raise self._error(int(is_wrong.argmax()), reason)
+
+    def _refuse_nodes(self, is_wrong: npt.NDArray[np.bool_], reason: str) -> None:
+        if is_wrong.any():
+            raise self._error(int(np.repeat(np.arange(len(self.num_nodes)), self.num_nodes)[is_wrong.argmax()]), reason)
+
+    def _error(self, block: int, reason: str) -> DataError:
+        return DataError(f"{self._key}, block {self._first + block}: {reason}. Run dataprep again.")
+
+
+def _check_columns(dataset: Dataset, key: str) -> None:
+    missing = [name for name in COLUMNS if name not in dataset.column_names]
+    if missing:
+        raise DataError(
+            f"{key}: no column {', '.join(missing)}; there are {', '.join(dataset.column_names)}. These are not blocks "
+            "of dataprep: run it on the rows first, and name what it wrote."
+        )
+    for name in COLUMNS:
+        inner = getattr(dataset.features[name], "feature", None)
+        if not str(getattr(inner, "dtype", "")).startswith(("int", "uint")):
+            raise DataError(
+                f"{key}: column `{name}` must hold lists of integers, it is {dataset.features[name]}. Write the blocks "
+                "with `save_to_disk` or `to_parquet`: csv keeps no lists."
+            )
+    if len(dataset) == 0:
+        raise DataError(f"{key}: the data set has no blocks. See dataprep's report for why no row was kept.")
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[Ints, Ints]:
+    """The values of a column of lists in a row, and the length of each list."""
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):
+        lists = pa.concat_arrays(lists.chunks)
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+    return lists.flatten().to_numpy(zero_copy_only=False), lengths
+
+
+def _starts(lengths: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.cumsum(lengths) - lengths

@@ -1,0 +1,120 @@
+"""The start-up self-test: on the loaded model, packed examples have the logits of separate ones.
+
+Which architectures keep packed examples apart cannot be read from a list, which would rot; it is tried.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm.errors import ConfigError
+from llm.training.tune.attention import NODE_ATTENTION, node_paths
+
+logger = logging.getLogger(__name__)
+
+# Three examples alone, then a prompt of 6 tokens with two children, the second of which has a child itself.
+NODE_LENGTHS = [5, 7, 1, 6, 3, 4, 2]
+NODE_PARENTS = [-1, -1, -1, -1, 3, 3, 5]
+
+# Largest relative difference of a node's logits. A leak of one random example into another gives 0.3 and more on a
+# trained model; rounding gives 1e-6 (float32) and 0.01 to 0.04 (bfloat16).
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
+LOW_PRECISION_TOLERANCE = 0.15
+
+
+def check_isolation(model: PreTrainedModel) -> float:
+    """The largest relative logit difference between packed and separate examples: rounding, or ConfigError.
+
+    `model` uses our attention. The separate examples run through the model's own eager attention, so that the two
+    ways share no code. The random ids come from a generator of their own: the run's seed is not touched.
+    """
+    ids = _random_ids(model, sum(NODE_LENGTHS))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed = _packed_logits(model, ids)
+            model.set_attn_implementation("eager")
+            separate = _separate_logits(model, ids)
+    finally:
+        model.set_attn_implementation(NODE_ATTENTION)
+        model.train(was_training)
+    difference = max(_relative_difference(a, b) for a, b in zip(packed, separate, strict=True))
+    if not difference <= TOLERANCES.get(model.dtype, LOW_PRECISION_TOLERANCE):
+        raise _refusal(model, f"their logits differ from those of separate examples by {difference:.2g} (relative)")
+    return difference
+
+
+def keeps_examples_apart(model: PreTrainedModel, *, is_packed: bool) -> bool:
+    """Whether batches may be flattened: the self-test passed.
+
+    A model that fails it is refused when a block holds several examples (`is_packed`); else it goes back to its own
+    attention and trains on padded batches.
+    """
+    try:
+        difference = check_isolation(model)
+    except ConfigError as error:
+        if is_packed:
+            raise
+        logger.info("%s The blocks hold one example each: they are trained as padded batches.", error)
+        model.set_attn_implementation("eager")
+        return False
+    logger.info("Self-test: packed examples have the logits of separate ones (difference %.1g).", difference)
+    return True
+
+
+def node_positions(node_lengths: Sequence[int], node_parents: Sequence[int]) -> list[int]:
+    """The position of each token: 0, 1, ... in a root, going on from the parent's end in a child."""
+    positions: list[int] = []
+    ends: list[int] = []
+    for length, parent in zip(node_lengths, node_parents, strict=True):
+        start = ends[parent] if parent >= 0 else 0
+        positions.extend(range(start, start + length))
+        ends.append(start + length)
+    return positions
+
+
+def _random_ids(model: PreTrainedModel, num_tokens: int) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(weight.shape[0], (num_tokens,), generator=generator).to(weight.device)
+
+
+def _packed_logits(model: PreTrainedModel, ids: Tensor) -> Sequence[Tensor]:
+    positions = torch.tensor(node_positions(NODE_LENGTHS, NODE_PARENTS), device=ids.device)
+    try:
+        logits = model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            node_lengths=NODE_LENGTHS,
+            node_parents=NODE_PARENTS,
+            use_cache=False,
+        ).logits[0]
+    except (TypeError, ValueError) as error:  # a forward without these arguments, or one that does not hand them on
+        raise _refusal(model, f"its forward fails on them: {error}") from error
+    return logits.float().split(NODE_LENGTHS)
+
+
+def _separate_logits(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """One row a path, as long as the longest: what stands behind a path, its tokens cannot see."""
+    nodes, paths = ids.split(NODE_LENGTHS), node_paths(NODE_PARENTS)
+    rows = [torch.cat([nodes[node] for node in path]) for path in paths]
+    batch = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    positions = torch.arange(batch.shape[1], device=ids.device).expand_as(batch)
+    logits = model(input_ids=batch, position_ids=positions, use_cache=False).logits.float()
+    ends = [len(row) for row in rows]
+    return [row[end - length : end] for row, end, length in zip(logits, ends, NODE_LENGTHS, strict=True)]
+
+
+def _relative_difference(packed: Tensor, separate: Tensor) -> float:
+    return float((packed - separate).norm() / separate.norm())
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> ConfigError:
+    return ConfigError(
+        f"base_model: `{model.config.model_type}` ({type(model).__name__}) does not keep packed examples apart: "
+        f"{reason}. Prepare the data with `pack: false` in dataprep.yaml, or choose another base model."
+    )

@@ -1,0 +1,190 @@
+"""Copies of `local_output` at every output path, kept up in the background: stage 8 of the road.
+
+Takes whole checkpoints, `final_output` and the run's other files; a copy that cannot be made never stops training, is
+tried again at the next checkpoint, and is the end's error if it is still not complete.
+"""
+
+import logging
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from llm.errors import CheckpointError, ConfigError
+from llm.training.tune.checkpoints import newest_whole_checkpoint
+from llm.training.tune.output_path import OutputPath, Part, plan_parts
+from llm.training.tune.output_store import OutputStore
+
+logger = logging.getLogger(__name__)
+
+
+class OutputSync:
+    """The copies of `local_output` at `output_paths` (fsspec URLs or folders); for rank 0, others give no paths.
+
+    `probe()` before the weights load, `restore()` before resuming, `sync()` after each checkpoint, `close()` at the
+    end; in a `with` block an error inside still copies what is whole, and stays the error that is told.
+    ConfigError when a path is `local_output`, inside or above it, or another path; MissingExtraError when a file
+    system's package is absent.
+    """
+
+    def __init__(
+        self, local_output: str, output_paths: list[str], *, attempts: int = 5, backoff_seconds: float = 1.0
+    ) -> None:
+        self.local_output = local_output
+        stores = [OutputStore(url, attempts=attempts, backoff_seconds=backoff_seconds) for url in output_paths]
+        _refuse_overlap(local_output, stores)
+        self.failures = 0
+        self._paths = [OutputPath(store) for store in stores]
+        self._uploading: str | None = None
+        self._wanted = threading.Event()
+        self._is_closing = False
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "OutputSync":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        elif isinstance(error, Exception):  # not after a second Ctrl-C: that stops at once
+            try:
+                self.close()
+            except CheckpointError as copy_error:
+                logger.error("%s", copy_error)
+
+    @property
+    def uploading(self) -> str | None:
+        """The folder that is being read just now: rotation leaves it alone."""
+        return self._uploading
+
+    def probe(self) -> None:
+        """Writes, reads and deletes a small file at each path; CheckpointError names the path and the reason."""
+        for path in self._paths:
+            path.store.probe()
+
+    def restore(self) -> str | None:
+        """The newest whole checkpoint of `local_output`; if it has none, of the output paths, fetched and verified.
+
+        None when there is none anywhere. CheckpointError when a path cannot be read: a run must not start anew only
+        because a network is down.
+        """
+        local = newest_whole_checkpoint(self.local_output)
+        if local or not self._paths:
+            return local
+        found = [(step, number) for number, path in enumerate(self._paths) for step in _list_steps(path)]
+        for step, number in sorted(found, key=lambda entry: (-entry[0], entry[1])):
+            path = self._paths[number]
+            try:
+                fetched = path.fetch(step, self.local_output)
+            except Exception as error:  # each file system has its own error classes
+                raise _cannot_read(path, error) from error
+            if fetched:
+                logger.warning("Resuming from a copy: %s was fetched from %s", fetched, path.store.url)
+                return fetched
+        return None
+
+    def sync(self) -> None:
+        """Asks for a copy and returns at once; while one runs, any number of calls make one more."""
+        if not self._paths:
+            return
+        self._wanted.set()
+        if self._thread is None:
+            # A daemon: after a second Ctrl-C the process must not wait for a network.
+            self._thread = threading.Thread(target=self._work, name="output-sync", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Waits, makes the last copy and verifies it; CheckpointError names what is missing at which path."""
+        self._is_closing = True
+        self._wanted.set()
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if not self._paths:
+            return
+        parts = plan_parts(self.local_output)
+        problems = [problem for path in self._paths if (problem := self._complete(path, parts))]
+        if problems:
+            raise CheckpointError(
+                f"`{self.local_output}` is complete, its copy is not:\n" + "\n".join(problems) + "\nRun the same "
+                "command again once the path can be written: it goes on from the last checkpoint and ends the copy."
+            )
+
+    def _work(self) -> None:
+        while True:
+            self._wanted.wait()
+            self._wanted.clear()
+            if self._is_closing:
+                return
+            for path in self._paths:
+                self._copy(path)
+
+    def _copy(self, path: OutputPath) -> None:
+        try:
+            # Planned anew for each path: the one before may have taken an hour.
+            path.copy(self.local_output, plan_parts(self.local_output), on_part=self._note_part)
+        except Exception as error:  # each file system has its own error classes; training must go on
+            self.failures += 1
+            logger.warning(
+                "Copy to %s failed (%s: %s), failure %d of this run. Training goes on; the copy is tried again at the "
+                "next checkpoint.",
+                path.store.url,
+                type(error).__name__,
+                error,
+                self.failures,
+            )
+        finally:
+            self._uploading = None
+
+    def _complete(self, path: OutputPath, parts: list[Part]) -> str | None:
+        """Why the copy at `path` is not complete, after a second try for what did not arrive."""
+        try:
+            path.copy(self.local_output, parts, on_part=self._note_part)
+            missing = path.find_missing(parts)
+            if missing:
+                path.forget(list(missing))
+                path.copy(self.local_output, parts, on_part=self._note_part)
+                missing = path.find_missing(parts)
+        except Exception as error:  # each file system has its own error classes
+            self.failures += 1
+            unsure = ", ".join(part.name for part in parts if part.name) or "the run's files"
+            return f"- {path.store.url}: {type(error).__name__}: {error}. Not verified: {unsure}."
+        finally:
+            self._uploading = None
+        listed = ", ".join(f"{name} ({reason})" for name, reason in sorted(missing.items()))
+        return f"- {path.store.url}: {listed}" if missing else None
+
+    def _note_part(self, name: str) -> None:
+        self._uploading = os.path.join(self.local_output, name) if name else None
+
+
+def _list_steps(path: OutputPath) -> list[int]:
+    try:
+        return path.list_steps()
+    except Exception as error:  # each file system has its own error classes
+        raise _cannot_read(path, error) from error
+
+
+def _cannot_read(path: OutputPath, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"`{path.store.url}` cannot be read ({type(error).__name__}: {error}), and `local_output` holds no whole "
+        "checkpoint: it is not known whether there is one to go on from. Try again, or take the path out of "
+        "`additional_output_paths`, or set `resume_from_checkpoint: false` to start anew."
+    )
+
+
+def _refuse_overlap(local_output: str, stores: list[OutputStore]) -> None:
+    places = [("`local_output`", "", Path(os.path.realpath(local_output)))]
+    for store in stores:
+        # Only a path on this machine can be `local_output`; elsewhere a folder may bear the same name.
+        scheme = "" if store.is_local else type(store.fs).__name__ + str(store.fs.storage_options)
+        place = Path(os.path.realpath(store.root)) if store.is_local else Path(store.root)
+        for other, other_scheme, other_place in places:
+            if scheme == other_scheme and (place.is_relative_to(other_place) or other_place.is_relative_to(place)):
+                raise ConfigError(
+                    f"`additional_output_paths`: `{store.url}` is the same place as {other}, or one is inside the "
+                    f"other ({place}, {other_place}): a copy would hold itself. Write a folder beside it."
+                )
+        places.append((f"`{store.url}`", scheme, place))

@@ -1,0 +1,164 @@
+"""What a person sees of a training run: steps, loss, rate and remaining time, and a table at the end."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What a run did. Losses are None when nothing was logged; rates count all ranks and leave evaluation out."""
+
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    eval_loss: float | None
+    tokens_per_second: float
+    trained_tokens_per_second: float
+    peak_memory_bytes: int
+    result: str
+
+
+class ProgressCallback(TrainerCallback):
+    """A progress bar on a terminal, else a line for each log; on rank 0 only.
+
+    Use it as a context around `trainer.train()`, so that the terminal is given back after an error, too.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        """`console`: where to write, by default stderr."""
+        self._console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._started, self._first_step = 0.0, 0
+
+    def __enter__(self) -> "ProgressCallback":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Shows the bar."""
+        self._started, self._first_step = time.perf_counter(), state.global_step
+        if state.is_world_process_zero and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, facts="")
+            self._bar.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Moves the bar."""
+        if self._bar:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Shows loss and rate."""
+        facts = format_facts(logs or {})
+        if not facts or not state.is_world_process_zero:
+            return
+        if self._bar:
+            self._bar.update(self._task, facts=facts)
+        else:
+            step = f"step {state.global_step}/{state.max_steps}"
+            self._console.print(f"{step}  {facts}  {self._remaining(state)}", highlight=False, soft_wrap=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves the bar as it is."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _remaining(self, state: TrainerState) -> str:
+        done = state.global_step - self._first_step
+        if done <= 0:
+            return ""
+        seconds = (time.perf_counter() - self._started) / done * (state.max_steps - state.global_step)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
+
+
+def format_facts(logs: dict[str, float]) -> str:
+    """`loss 1.2345  120 tokens/s`, or the evaluation loss; empty when the log has neither."""
+    parts = [f"{name.replace('_', ' ')} {logs[name]:.4f}" for name in ("loss", "eval_loss") if name in logs]
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def summarize(state: TrainerState, *, throughput: tuple[int, int, float], result: str) -> RunSummary:
+    """The summary of a run that ended; `throughput`: tokens, trained tokens, seconds (`BlockTrainer.throughput`)."""
+    losses = [log["loss"] for log in state.log_history if "loss" in log]
+    eval_losses = [log["eval_loss"] for log in state.log_history if "eval_loss" in log]
+    tokens, trained_tokens, seconds = throughput
+    return RunSummary(
+        steps=state.global_step,
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+        eval_loss=eval_losses[-1] if eval_losses else None,
+        tokens_per_second=tokens / seconds if seconds else 0.0,
+        trained_tokens_per_second=trained_tokens / seconds if seconds else 0.0,
+        peak_memory_bytes=peak_memory_bytes(),
+        result=result,
+    )
+
+
+def print_summary(summary: RunSummary, console: Console | None = None) -> None:
+    """The table at the end of a run, on stdout."""
+    table = Table(show_header=False, title="Training")
+    rows = {
+        "steps": f"{summary.steps:,}",
+        "loss, first and last logged": f"{_loss(summary.first_loss)}  {_loss(summary.last_loss)}",
+        "evaluation loss": _loss(summary.eval_loss),
+        "tokens per second": f"{summary.tokens_per_second:,.1f}",
+        "trained tokens per second": f"{summary.trained_tokens_per_second:,.1f}",
+        "peak memory": f"{summary.peak_memory_bytes / 2**30:.2f} GiB",
+        "result": summary.result,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    (console or Console()).print(table)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process held: on the GPU when there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"

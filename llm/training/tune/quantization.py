@@ -1,0 +1,54 @@
+"""A quantized base model, when the config asks for one: stage 6 of the road."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from llm.errors import ConfigError, MissingExtraError
+from llm.training.config import DTYPES, FinetuneConfig
+
+# nf4 with double quantization and bfloat16 compute: the QLoRA recipe (https://arxiv.org/abs/2305.14314). The library's
+# own defaults are fp4 and float32.
+FOUR_BIT_DEFAULTS: dict[str, Any] = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+
+
+def quantization_config(config: FinetuneConfig) -> BitsAndBytesConfig | None:
+    """How to quantize the base weights; None when they are loaded as they are, as for plain LoRA.
+
+    `quantization_config` of the YAML is laid over the defaults of 4 bits (also when it names neither 4 nor 8).
+    Raises MissingExtraError without bitsandbytes, ConfigError for what it does not take.
+    """
+    if not config.is_quantized:
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError(
+            "load_in_4bit, load_in_8bit and quantization_config need bitsandbytes, which is not installed: "
+            "pip install llm-train[quantization]"
+        )
+    settings = _settings(config)
+    settings |= {key: _dtype(key, value) for key, value in settings.items() if key.endswith("_dtype")}
+    try:
+        return BitsAndBytesConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"quantization_config: BitsAndBytesConfig does not take {settings}: {error}") from error
+
+
+def _settings(config: FinetuneConfig) -> dict[str, Any]:
+    given = config.quantization_config or {}
+    if config.load_in_8bit or given.get("load_in_8bit"):
+        return {"load_in_8bit": True, **given}
+    return FOUR_BIT_DEFAULTS | given
+
+
+def _dtype(key: str, value: Any) -> torch.dtype:
+    name = DTYPES.get(str(value), "")
+    if name in ("", "auto"):
+        raise ConfigError(f"quantization_config.{key}: no dtype `{value}`. Write bfloat16, float16 or float32.")
+    return getattr(torch, name)  # type: ignore[no-any-return]

@@ -1,0 +1,179 @@
+"""The training loop: Hugging Face `Trainer` with our loss, exact over accumulation, ranks and eval batch sizes.
+
+Stage 7 of the road. Takes a model and checked blocks; what the Trainer does beyond the loss is the Trainer's.
+"""
+
+import logging
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from llm.errors import ConfigError
+from llm.training.config import FinetuneConfig, default_training_arguments
+from llm.training.tune.base_model import resolve_precision
+from llm.training.tune.collator import COLUMNS, Batch, flatten_blocks, pad_blocks
+from llm.training.tune.loss import has_logits_to_keep, sums_by_block, token_losses
+from llm.training.tune.tracking import resolve_report_to, tracking_arguments
+
+logger = logging.getLogger(__name__)
+
+
+class BlockTrainer(Trainer):
+    """A `Trainer` of blocks.
+
+    Training loss: sum of token losses / trained tokens of the whole step, over accumulation and ranks. Evaluation
+    loss: sum over the whole set / its trained tokens. `is_flat`: batches are flattened (`keeps_examples_apart`).
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        is_flat: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """As `Trainer`; `kwargs` are its further arguments. ConfigError when one process has several GPUs."""
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"This process sees {args.n_gpu} GPUs and would cut blocks in pieces. Start one process a GPU: "
+                f"torchrun --nproc-per-node {args.n_gpu} llm/training/finetune.py ..., or set CUDA_VISIBLE_DEVICES=0."
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_arrays(train_dataset),
+            eval_dataset=_arrays(eval_dataset) if eval_dataset is not None else None,
+            data_collator=flatten_blocks if is_flat else pad_blocks,
+            **kwargs,
+        )
+        self.remove_callback(PrinterCallback)  # prints raw dictionaries; `progress.py` shows what it would
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the trained tokens of the whole step
+        self._has_logits_to_keep = has_logits_to_keep(model)
+        self.throughput: tuple[int, int, float] = (0, 0, 0.0)
+        """Tokens and trained tokens computed on all ranks, and the seconds it took without evaluation."""
+        self._num_tokens = self._num_labels = 0
+        self._counted_since = time.perf_counter()
+        self._eval_sums: list[tuple[Tensor, Tensor]] = []
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """This batch's share of the step's loss: its sum of token losses / `num_items_in_batch`."""
+        assert num_items_in_batch is not None and not return_outputs
+        losses = token_losses(
+            model,
+            inputs,
+            has_logits_to_keep=self._has_logits_to_keep,
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        self._num_tokens += inputs["input_ids"].numel()
+        self._num_labels += len(losses)
+        # A step of which no rank has a label leaves the weights as they are.
+        share = losses.sum() / torch.as_tensor(num_items_in_batch, device=losses.device).clamp(min=1)
+        if self.args.average_tokens_across_devices:
+            share = share * self.accelerator.num_processes  # gradients are averaged over the ranks
+        return share
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, None, None]:
+        """Adds the sums and counts of the blocks to those of the evaluation."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = token_losses(model, inputs, has_logits_to_keep=self._has_logits_to_keep)
+        counts = inputs["num_block_labels"]
+        # By block, since that is what is dropped where the last batch was filled up to serve all ranks.
+        sums = sums_by_block(losses.double(), counts)
+        self._eval_sums.append(self.accelerator.gather_for_metrics((sums, counts)))
+        return None, None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's loop, whose loss is the token mean of the whole set."""
+        self._eval_sums, started = [], time.perf_counter()
+        output = super().evaluation_loop(*args, **kwargs)
+        total = sum(float(sums.sum()) for sums, _ in self._eval_sums)
+        num_labels = sum(int(counts.sum()) for _, counts in self._eval_sums)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        assert output.metrics is not None
+        output.metrics |= {f"{prefix}_loss": total / num_labels, f"{prefix}_trained_tokens": num_labels}
+        self._counted_since += time.perf_counter() - started
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what all ranks computed each second since the last log: tokens, and trained tokens."""
+        if "loss" in logs or "train_loss" in logs:  # the second is the log at the end
+            seconds = time.perf_counter() - self._counted_since
+            mine = torch.tensor([self._num_tokens, self._num_labels], device=self.args.device)
+            tokens, labels = self.accelerator.reduce(mine, "sum").tolist()
+            before = self.throughput
+            self.throughput = (before[0] + tokens, before[1] + labels, before[2] + seconds)
+            self._num_tokens, self._num_labels, self._counted_since = 0, 0, time.perf_counter()
+            if "loss" in logs:
+                logs |= {"tokens_per_second": tokens / seconds, "trained_tokens_per_second": labels / seconds}
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; the clock of the throughput starts here."""
+        self._counted_since = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+
+def training_arguments(config: FinetuneConfig) -> TrainingArguments:
+    """The Trainer's arguments: our defaults, over them the user's; ConfigError with the library's text.
+
+    Autocast follows `torch_dtype`. `save_total_limit` is None: `CheckpointCallback` rotates, after the new checkpoint
+    is whole; `merged_arguments` has the number.
+    """
+    precision = resolve_precision(config)
+    given = config.training_arguments
+    if config.eval_dataset_config is None and given.get("eval_strategy", "no") not in ("no", False):
+        raise ConfigError(
+            f"training_arguments.eval_strategy: `{given['eval_strategy']}` needs blocks to evaluate. Add "
+            "`eval_dataset_config`, or take out `eval_strategy`."
+        )
+    ours: dict[str, Any] = {
+        "output_dir": config.local_output,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "report_to": resolve_report_to(config),
+    }
+    autocast: dict[str, Any] = {}
+    if not {"bf16", "fp16"} & set(given):
+        autocast = {
+            "bf16": precision.autocast is torch.bfloat16,
+            "fp16": precision.autocast is torch.float16,
+        }
+    arguments = tracking_arguments(config) | merged_arguments(config) | autocast | ours | {"save_total_limit": None}
+    try:
+        return TrainingArguments(**arguments)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"training_arguments: {error}") from error
+
+
+def merged_arguments(config: FinetuneConfig) -> dict[str, Any]:
+    """`default_training_arguments`, over them the user's `training_arguments`."""
+    is_cuda = torch.cuda.is_available() and not config.training_arguments.get("use_cpu")
+    defaults = default_training_arguments(
+        has_eval_dataset=config.eval_dataset_config is not None,
+        is_lora=config.lora_config is not None,
+        is_cuda=is_cuda,
+    )
+    return defaults | config.training_arguments
+
+
+def _arrays(dataset: Dataset) -> Dataset:
+    return dataset.select_columns(list(COLUMNS)).with_format("numpy")
