@@ -5,7 +5,7 @@ BIN := .venv/bin
 QUICKSTART := examples/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check clean
+.PHONY: help quickstart test check format lint types sizes clean
 
 help:  ## This list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,10 +30,18 @@ quickstart: .venv/.ready  ## From rows to a tuned model and its scores, on this 
 test: .venv/.ready  ## All tests (no network, no GPU needed)
 	$(BIN)/python -m pytest $(ARGS)
 
-check: .venv/.ready  ## Format, lint, strict types, sizes
+check: format lint types sizes  ## Format, lint, strict types, sizes (`make -k check` goes on after a failure)
+
+format: .venv/.ready
 	$(BIN)/ruff format --check .
+
+lint: .venv/.ready
 	$(BIN)/ruff check .
+
+types: .venv/.ready
 	$(BIN)/mypy
+
+sizes: .venv/.ready
 	$(BIN)/python tests/check_size.py
 
 clean:  ## Remove .venv, caches and build files; output/ and .cache/ (the model) stay

@@ -66,6 +66,12 @@ class ChatTemplateFormat:
             )
         return replace(bound, stop=stop)
 
+    @property
+    def base_template(self) -> str:
+        """The tokenizer's own chat template."""
+        assert self._tokenizer is not None and self._tokenizer.chat_template is not None, "for_tokenizer comes first"
+        return self._tokenizer.chat_template
+
     def segments(self, conversation: Conversation) -> list[Segment]:
         """The rendered conversation; DataError when the template rewrites what it rendered before."""
         messages = self._system_messages(conversation.system)

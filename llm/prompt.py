@@ -5,6 +5,7 @@ Stage 2 of the road: takes `Message`s, gives a `Conversation` that a `PromptForm
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llm.prompt_format import Conversation, PromptFormat, Segment, Turn
 from llm.template import Template
@@ -59,6 +60,15 @@ class Prompt:
     def render(self, messages: Sequence[Message], prompt_format: PromptFormat) -> str:
         """The rendered text of `messages`, as one string."""
         return "".join(segment.text for segment in self.segments(messages, prompt_format))
+
+    def template_parts(self) -> dict[str, Any]:
+        """The templates as (literal, field) pairs, and the `head` of a response, for the serving template."""
+        return {
+            "input": self._input.parts,
+            "contexts": [template.parts for template in self._contexts],
+            "response": self._response.parts,
+            "head": self._response.split()[0],
+        }
 
     def _turn(self, message: Message) -> Turn:
         head, tail = self._response.split()

@@ -21,9 +21,9 @@ ConfigT = TypeVar("ConfigT", DataPrepConfig, FinetuneConfig)
 def load_config(path: str, schema: type[ConfigT], *, overrides: Sequence[str] = ()) -> ConfigT:
     """The config in the YAML file at `path`, as `schema`.
 
-    `overrides` are `training_arguments.max_steps=10` (the value is YAML) and win over the file. `${env:NAME}` in
-    a value becomes the text of that environment variable. Raises one ConfigError with all problems, each with
-    file, line, column, the line itself, what is wrong and what to write.
+    `overrides` are `training_arguments.max_steps=10` (the value is YAML) and win over the file. `${env:NAME}`
+    in a value becomes the text of that environment variable. Raises one ConfigError with all problems, each
+    with file, line, column, the line itself, what is wrong and what to write.
     """
     document = read_yaml(path)
     for override in overrides:

@@ -84,9 +84,10 @@ def keys_of(section: str) -> dict[str, LibraryKey]:
     source = SECTIONS[section]
     classes = _classes(source)
     if source.class_name not in classes:
+        installed = f"{source.package} {version(source.package)}"
         raise MissingExtraError(
-            f"{source.package} {version(source.package)} has no `{source.class_name}` in `{source.files[0]}`: "
-            "this version is not supported. Install a supported one: pip install --upgrade llm-train"
+            f"{installed} has no `{source.class_name}` in `{source.files[0]}`: this version is not "
+            "supported. Install a supported one: pip install --upgrade llm-train"
         )
     enums = {name: values for name, node in classes.items() if (values := _enum_values(node))}
     return {
@@ -231,7 +232,7 @@ Field = tuple[str, ast.expr, ast.expr | None]
 
 
 def _fields(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> list[Field]:
-    """Name, annotation, default of each parameter of `__init__`, or else of each dataclass field, bases first."""
+    """Name, annotation, default of each parameter of `__init__`, else of each field, bases first."""
     fields: dict[str, Field] = {}
     for base in (classes.get(ast.unparse(base)) for base in node.bases):
         fields |= {field[0]: field for field in (_fields(base, classes) if base else [])}

@@ -70,8 +70,9 @@ def _key_path(detail: ErrorDetails, data: Any) -> KeyPath:
     """The error's path without the names that pydantic adds for the members of a union."""
     path: KeyPath = ()
     for part in detail["loc"]:
-        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
-            data = data[part]
+        children = dict(enumerate(data)) if isinstance(data, list) else data
+        if isinstance(children, dict) and part in children:
+            data = children[part]
         elif detail["type"] != "missing":
             break
         path = (*path, part)

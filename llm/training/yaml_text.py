@@ -18,7 +18,8 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import BaseResolver
 
 from llm.errors import ConfigError
-from llm.training.config_problem import KeyPath, Place, Problem, describe, problem_text
+from llm.training.config_problem import Place, Problem, describe, problem_text
+from llm.training.config_secrets import KeyPath
 
 MAX_FILE_BYTES = 1_000_000
 MAX_VALUES = 100_000  # an alias counts each time it is used: nine lines of aliases can hold a billion values
@@ -96,6 +97,8 @@ def parse_yaml(text: str, *, source: str) -> Document:
         raise _fatal(_place_at(text, error.position, source), _character_text(error)) from error
     except YAMLError as error:
         raise ConfigError(f"{source}: this is not YAML: {error}") from error
+    except (ValueError, OverflowError) as error:  # ruamel passes "\\U00110000" and above on to `chr`
+        raise ConfigError(f"{source}: a `\\U` escape names no character: {error}.") from error
     reader = _NodeReader(source, lines)
     data = reader.value(node, ()) if node is not None else None
     return Document(source=source, data=data, places=reader.places, problems=reader.problems)

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llm.serving_template import serving_template
 from llm.terminal import console, print_table
 from llm.training.config import DataPrepConfig, MethodConfig
 from llm.training.prep.encode import Encoder
@@ -42,7 +43,7 @@ def make_manifest(
         tokenizer_fingerprint=encoder.tokenizer.fingerprint,
         prompt=config.prompt_config.model_dump(),
         prompt_format={"method": type(encoder.prompt_format).__name__, "kwargs": _kwargs(config.prompt_format_config)},
-        chat_template=None,
+        chat_template=serving_template(encoder.prompt, encoder.prompt_format),
         stop_token=encoder.prompt_format.stop,
         stop_token_id=encoder.tokenizer.control_tokens[encoder.prompt_format.stop],
         samples=_samples(examples),

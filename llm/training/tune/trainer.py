@@ -109,7 +109,7 @@ class BlockTrainer(Trainer):
         num_labels = sum(int(counts.sum()) for _, counts in self._eval_sums)
         prefix = kwargs.get("metric_key_prefix", "eval")
         assert output.metrics is not None
-        output.metrics |= {f"{prefix}_loss": total / num_labels, f"{prefix}_trained_tokens": num_labels}
+        output.metrics.update({f"{prefix}_loss": total / num_labels, f"{prefix}_trained_tokens": num_labels})
         self._counted_since += time.perf_counter() - started
         return output
 

@@ -1,0 +1,250 @@
+"""The loss is the textbook's: packed = unpacked, any split of a step, any number of ranks, any eval batch size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, MakeModel, make_block, make_packed_dataset, unpack
+from datasets import Dataset
+from torch.nn import functional as F
+from transformers import PreTrainedModel, TrainingArguments
+
+from llm.errors import ConfigError
+from llm.training.tune.adapter import add_adapter
+from llm.training.tune.collator import flatten_blocks, pad_blocks
+from llm.training.tune.loss import has_logits_to_keep, token_losses
+from llm.training.tune.trainer import BlockTrainer
+
+RANKS_SCRIPT = Path(__file__).parent / "train_on_ranks.py"
+
+
+def train_arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    """Five SGD steps over 8 blocks each."""
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 5,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+    }
+    return TrainingArguments(**settings | changes)
+
+
+def trained_weights(model: PreTrainedModel, dataset: Dataset, folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    trainer = BlockTrainer(model, train_arguments(folder, **changes), train_dataset=dataset)
+    trainer.train()
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    assert left.keys() == right.keys() and len(left) > 0
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def reference_loss(model: PreTrainedModel, dataset: Dataset) -> tuple[torch.Tensor, int]:
+    """Sum of token losses and their number, one example at a time through the model's own eager attention."""
+    model.set_attn_implementation("eager")
+    total, count = torch.zeros(()), 0
+    for row in dataset:
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0]
+        labels = torch.tensor(row["labels"])
+        total = total + F.cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
+        count += int((labels != -100).sum())
+    return total, count
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_loss_and_gradients_equal_the_textbook(architecture: str, make_model: MakeModel) -> None:
+    packed, model = make_packed_dataset(6), make_model(architecture)
+    batch = flatten_blocks(list(packed))
+    losses = token_losses(model, batch, has_logits_to_keep=has_logits_to_keep(model))
+    losses.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    total, count = reference_loss(model, unpack(packed))
+    total.backward()
+    assert len(losses) == count > 50
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.sum(), total, rtol=1e-5, atol=0)
+    assert len(gradients) > 10
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-3)
+        assert error < 1e-5, name
+
+
+def test_shared_prompt_has_the_loss_of_repeated_prompts(make_model: MakeModel) -> None:
+    model = make_model("qwen3")
+    block = make_block([9, 6, 5, 4], [-1, 0, 0, 2])
+    prompt, first, second, third = torch.tensor(block["input_ids"]).split(block["node_lengths"])
+    labels = torch.tensor(block["labels"]).split(block["node_lengths"])
+    paths = [([prompt, first], [0, 1]), ([prompt, second, third], [0, 2, 3])]
+    shared = token_losses(model, flatten_blocks([block]), has_logits_to_keep=True)
+    model.set_attn_implementation("eager")
+    repeated = []
+    for pieces, nodes in paths:
+        logits = model(input_ids=torch.cat(pieces)[None], use_cache=False).logits[0]
+        targets = torch.cat([labels[n] for n in nodes])
+        repeated.append(F.cross_entropy(logits[:-1], targets[1:], reduction="none", ignore_index=-100))
+    num_prompt = int((labels[0] != -100).sum())
+    found = torch.cat([row[row > 0] for row in repeated])
+    once = torch.cat([found[:num_prompt], found[num_prompt : num_prompt + 3], repeated[1][repeated[1] > 0][num_prompt:]])
+    torch.testing.assert_close(shared, once, rtol=1e-5, atol=1e-5)
+
+
+def test_loss_of_all_logits_equals_that_of_kept_ones(make_model: MakeModel) -> None:
+    model, batch = make_model("llama"), flatten_blocks(list(make_packed_dataset(3)))
+    kept = token_losses(model, batch, has_logits_to_keep=True)
+    torch.testing.assert_close(kept, token_losses(model, batch, has_logits_to_keep=False))
+
+
+def test_padded_batch_has_the_loss_of_a_flattened_one(make_model: MakeModel) -> None:
+    model, rows = make_model("llama"), list(unpack(make_packed_dataset(3)))
+    flat = token_losses(model, flatten_blocks(rows), has_logits_to_keep=True)
+    torch.testing.assert_close(flat, token_losses(model, pad_blocks(rows), has_logits_to_keep=True))
+
+
+def test_pad_id_and_ignore_index_do_not_change_the_batch() -> None:
+    block = make_block([5, 4], [-1, -1], padding=3)
+    other = block | {
+        "input_ids": block["input_ids"][:9] + [50] * 3,
+        "labels": [-1 if label == -100 else label for label in block["labels"]],
+    }
+    left, right = flatten_blocks([block, block]), flatten_blocks([other, other])
+    assert left["input_ids"].shape == (1, 18)
+    assert left["node_parents"] == [-1, -1, -1, -1] and left["node_lengths"] == [5, 4, 5, 4]
+    assert torch.equal(left["input_ids"], right["input_ids"]) and torch.equal(left["labels"], right["labels"])
+
+
+def test_parents_are_counted_through_the_batch() -> None:
+    block = make_block([5, 4, 3], [-1, 0, 1])
+    assert flatten_blocks([block, block])["node_parents"] == [-1, 0, 1, -1, 3, 4]
+
+
+SPLITS = [(8, 1), (1, 8), (2, 4)]
+
+
+@pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_weights_are_the_same_for_any_split_of_a_step(
+    architecture: str, is_lora: bool, make_model: MakeModel, tmp_path: Path
+) -> None:
+    found = []
+    for batch_size, accumulation in SPLITS:
+        model = make_model(architecture, initializer_range=0.1)
+        model = add_adapter(model, {"r": 4, "init_lora_weights": False} if is_lora else None, {})
+        settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        found.append(trained_weights(model, make_packed_dataset(40), tmp_path, **settings))
+    assert largest_difference(found[0], found[1]) < 1e-6
+    assert largest_difference(found[0], found[2]) < 1e-6
+    start = dict(make_model(architecture, initializer_range=0.1).named_parameters())
+    if not is_lora:
+        assert largest_difference(found[0], {name: p.detach() for name, p in start.items()}) > 1e-3
+
+
+def test_packed_and_unpacked_data_train_the_same_weights(make_model: MakeModel, tmp_path: Path) -> None:
+    packed = make_packed_dataset(10)
+    found = []
+    for dataset in (packed, unpack(packed)):
+        model = make_model("llama", initializer_range=0.1)
+        found.append(
+            trained_weights(model, dataset, tmp_path, per_device_train_batch_size=len(dataset), max_steps=3)
+        )
+    assert largest_difference(*found) < 1e-6
+
+
+def test_logged_loss_is_the_token_mean(make_model: MakeModel, tmp_path: Path) -> None:
+    model, dataset = make_model("llama", initializer_range=0.1), make_packed_dataset(8)
+    total, count = reference_loss(make_model("llama", initializer_range=0.1), unpack(dataset))
+    arguments = train_arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    trainer = BlockTrainer(model, arguments, train_dataset=dataset)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(total) / count, rel=1e-5)
+    assert trainer.state.log_history[0]["tokens_per_second"] > 0
+    assert trainer.throughput[:2] == (sum(sum(row["node_lengths"]) for row in dataset), count)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
+def test_eval_loss_is_the_token_mean_for_any_batch_size(batch_size: int, make_model: MakeModel, tmp_path: Path) -> None:
+    dataset = make_packed_dataset(13)
+    total, count = reference_loss(make_model("llama"), unpack(dataset))
+    arguments = train_arguments(tmp_path, per_device_eval_batch_size=batch_size)
+    for eval_dataset in (dataset, unpack(dataset)):
+        trainer = BlockTrainer(make_model("llama"), arguments, train_dataset=dataset, eval_dataset=eval_dataset)
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(float(total.detach()) / count, rel=1e-5)
+        assert metrics["eval_trained_tokens"] == count
+
+
+def test_step_without_labels_leaves_the_weights(make_model: MakeModel, tmp_path: Path) -> None:
+    blocks = [make_block([5, 4], [-1, -1], seed=seed) for seed in range(4)]
+    for block in blocks[:2]:
+        block["labels"] = [-100] * 9
+    model = make_model("llama")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    after = trained_weights(
+        model, Dataset.from_list(blocks), tmp_path, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
+    assert largest_difference(before, after) == 0
+
+
+def test_gradient_checkpointing_trains_the_same_weights(make_model: MakeModel, tmp_path: Path) -> None:
+    found = []
+    for is_on in (False, True):
+        model = add_adapter(make_model("llama", initializer_range=0.1), {"r": 4}, {})
+        settings = {"per_device_train_batch_size": 8, "gradient_checkpointing": is_on}
+        found.append(trained_weights(model, make_packed_dataset(40), tmp_path, **settings))
+    assert largest_difference(*found) < 1e-6
+
+
+def test_label_smoothing_is_honoured(make_model: MakeModel, tmp_path: Path) -> None:
+    dataset = make_packed_dataset(8)
+    losses = []
+    for smoothing in (0.0, 0.3):
+        arguments = train_arguments(tmp_path, max_steps=1, per_device_train_batch_size=8, label_smoothing_factor=smoothing)
+        trainer = BlockTrainer(make_model("llama"), arguments, train_dataset=dataset)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert abs(losses[0] - losses[1]) > 1e-2
+
+
+def test_several_gpus_in_one_process_are_refused(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = train_arguments(tmp_path)
+    monkeypatch.setattr(type(arguments), "n_gpu", property(lambda self: 2))
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
+        BlockTrainer(make_model("llama"), arguments, train_dataset=make_packed_dataset(2))
+
+
+@pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
+def test_two_ranks_train_and_evaluate_as_one(is_lora: bool, make_model: MakeModel, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [*command, str(RANKS_SCRIPT), str(tmp_path), str(int(is_lora))],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    from train_on_ranks import run
+
+    alone = run(str(tmp_path), is_lora=is_lora, batch_size=8)
+    ranks = torch.load(tmp_path / "ranks.pt", weights_only=True)
+    assert largest_difference(alone["weights"], ranks["weights"]) < 1e-6
+    assert ranks["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
+    assert ranks["tokens"] == alone["tokens"]
+    assert json.dumps(ranks["losses"]) and ranks["losses"] == pytest.approx(alone["losses"], rel=1e-5)

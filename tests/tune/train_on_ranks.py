@@ -1,0 +1,55 @@
+"""Five steps on this rank and its fellows; rank 0 saves what came out. Started by `test_trainer.py` under torchrun."""
+
+import sys
+from typing import Any
+
+import torch
+from conftest import ARCHITECTURES, COMMON, make_packed_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+
+from llm.training.tune.adapter import add_adapter
+from llm.training.tune.attention import NODE_ATTENTION
+from llm.training.tune.trainer import BlockTrainer
+
+
+def run(folder: str, *, is_lora: bool, batch_size: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    settings = COMMON | ARCHITECTURES["llama"] | {"initializer_range": 0.1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings))
+    model.set_attn_implementation(NODE_ATTENTION)
+    model = add_adapter(model, {"r": 4} if is_lora else None, {})
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=5,
+        optim="sgd",
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=True,
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=2,
+    )
+    trainer = BlockTrainer(
+        model, arguments, train_dataset=make_packed_dataset(40), eval_dataset=make_packed_dataset(7, seed=9)
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    return {
+        "weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+        "eval_loss": metrics["eval_loss"],
+        "tokens": list(trainer.throughput[:2]),
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+        "is_main": trainer.is_world_process_zero(),
+    }
+
+
+if __name__ == "__main__":
+    found = run(sys.argv[1], is_lora=sys.argv[2] == "1", batch_size=4)
+    if found["is_main"]:
+        torch.save(found, f"{sys.argv[1]}/ranks.pt")
