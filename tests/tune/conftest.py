@@ -50,6 +50,13 @@ REFUSED: dict[str, dict[str, Any]] = {
     "falcon": {"num_attention_heads": 4, "alibi": False},
 }
 
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # peft 0.21.2 reads a name that transformers 5.23 renamed; delete when peft does not.
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
 MakeModel = Callable[..., PreTrainedModel]
 
 

@@ -121,14 +121,19 @@ def test_self_test_leaves_the_random_state_alone(make_model: MakeModel) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_attention_without_nodes_and_mask_is_an_error(make_model: MakeModel) -> None:
-    with pytest.raises(ValueError, match="neither `node_lengths`"):
-        make_model("llama")(input_ids=torch.arange(3, 9)[None], use_cache=False)
+def test_packed_row_without_node_structure_is_an_error(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match="these position_ids restart"):
+        make_model("llama")(
+            input_ids=torch.arange(3, 9)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False
+        )
 
 
-def test_generation_with_our_attention_equals_that_with_sdpa(make_model: MakeModel) -> None:
-    model, prompt = make_model("qwen2"), torch.arange(3, 15)[None]
-    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False, "use_cache": True}
+@pytest.mark.parametrize("num_padding", [0, 4])
+def test_generation_with_our_attention_equals_that_with_sdpa(num_padding: int, make_model: MakeModel) -> None:
+    model, prompt = make_model("qwen2"), torch.arange(3, 27).view(2, 12)
+    mask = torch.ones_like(prompt)
+    mask[0, :num_padding] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "use_cache": True}
     ours = model.generate(prompt, **options)
     model.set_attn_implementation("sdpa")
     assert torch.equal(ours, model.generate(prompt, **options))

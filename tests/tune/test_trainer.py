@@ -80,9 +80,11 @@ def test_packed_loss_and_gradients_equal_the_textbook(architecture: str, make_mo
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses.sum(), total, rtol=1e-5, atol=0)
     assert len(gradients) > 10
+    whole = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-3)
+        # A key bias of OPT has no influence: its gradient is rounding, which has no relative error.
+        error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-3 * whole)
         assert error < 1e-5, name
 
 
@@ -169,6 +171,7 @@ def test_packed_and_unpacked_data_train_the_same_weights(make_model: MakeModel, 
 def test_logged_loss_is_the_token_mean(make_model: MakeModel, tmp_path: Path) -> None:
     model, dataset = make_model("llama", initializer_range=0.1), make_packed_dataset(8)
     total, count = reference_loss(make_model("llama", initializer_range=0.1), unpack(dataset))
+    total = total.detach()
     arguments = train_arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     trainer = BlockTrainer(model, arguments, train_dataset=dataset)
     trainer.train()

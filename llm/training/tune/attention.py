@@ -52,18 +52,20 @@ def node_attention(
     """The attention output (batch, tokens, heads, head size), in the signature of `AttentionInterface`.
 
     `query` is (batch, heads, tokens, head size), `key` and `value` may have fewer heads. With node structure the
-    batch is 1: a flattened one. Without it `attention_mask` decides, as when a model in training generates text.
-    Raises ConfigError when the model asks for what is not computed here.
+    batch is 1: a flattened one. Without it, as when a model in training generates text, each row is one text, whose
+    last tokens the queries are, under `attention_mask` if there is one. Raises ConfigError when the model asks for
+    what is not computed here, ValueError for packed rows without node structure.
     """
-    if node_lengths is None or node_parents is None:
-        if attention_mask is None:
-            raise ValueError(
-                f"attention `{NODE_ATTENTION}` got neither `node_lengths` and `node_parents` nor an `attention_mask`: "
-                "it cannot know which tokens belong together. Pass one of them."
-            )
+    if attention_mask is not None and attention_mask.ndim > 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     rule = _score_rule(module, attention_mask, kwargs)
-    output = attend_nodes(query, key, value, node_lengths=node_lengths, node_parents=node_parents, rule=rule)
+    if node_lengths is None or node_parents is None:
+        _refuse_packed(kwargs.get("position_ids"))
+        output = _attend(query, key, value, rule)
+    else:
+        output = attend_nodes(
+            query, key, value, node_lengths=node_lengths, node_parents=node_parents, rule=rule
+        )
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -119,7 +121,7 @@ def _score_rule(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[s
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         unknown.append("is_causal: false")
     window = kwargs.get("sliding_window")
-    if attention_mask is not None and (attention_mask.ndim > 0 or attention_mask.item() != window):
+    if attention_mask is not None and attention_mask.item() != window:
         unknown.append("a window that its attention function is not told")
     if unknown:
         raise ConfigError(
@@ -132,6 +134,14 @@ def _score_rule(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[s
         window=window,
         softcap=kwargs.get("softcap"),
     )
+
+
+def _refuse_packed(position_ids: Tensor | None) -> None:
+    if position_ids is not None and (position_ids.diff(dim=-1) != 1).any():
+        raise ValueError(
+            "these position_ids restart: the row holds several texts, and without `node_lengths` and `node_parents` they "
+            "would see each other."
+        )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
