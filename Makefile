@@ -1,5 +1,5 @@
 # Every target makes its own .venv first, with pip; it is renewed when pyproject.toml or constraints.txt changes.
-# Another Python: make test PYTHON=python3.12. Arguments for pytest: make test ARGS="-k pack".
+# Another Python: make clean test PYTHON=python3.12. Arguments for pytest: make test ARGS="-k pack".
 PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := examples/quickstart

@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands: `--help` and a config error an
 """
 
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -15,7 +16,9 @@ from llm.errors import LlmTrainError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.YAML", help="What to do: see llm/training/README.md.")]
+ConfigPath = Annotated[
+    str, typer.Argument(metavar="CONFIG.YAML", help="What to do: see llm/training/README.md.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training_arguments.max_steps=10."),
@@ -60,7 +63,7 @@ def _errors_told(debug: bool) -> Iterator[None]:
         yield
     except LlmTrainError as error:
         if debug:
-            raise
+            traceback.print_exception(error)
         console.print("error:", style="bold red", end=" ")
         console.print(str(error), markup=False)
         raise typer.Exit(error.exit_code) from error

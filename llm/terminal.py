@@ -3,9 +3,9 @@
 Piped into a file, bars are left out and everything else is plain text.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -21,46 +21,61 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-T = TypeVar("T")
-
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class RateColumn(ProgressColumn):
-    """Steps per second, or the seconds a step takes where it is slower than one."""
+    """`unit`s per second, or the seconds that one takes where it is slower than one a second."""
+
+    def __init__(self, unit: str) -> None:
+        """`unit`: what is counted, in the plural ("rows", "blocks")."""
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: Task) -> Text:
         """The rate of one bar."""
         speed = task.finished_speed or task.speed
-        unit = task.fields.get("unit", "rows")
         if not speed:
-            return Text(f"- {unit}/s")
-        return Text(f"{speed:,.0f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit.removesuffix('s')}")
+            return Text(f"- {self._unit}/s")
+        slow = f"{1 / speed:.1f} s/{self._unit.removesuffix('s')}"
+        return Text(f"{speed:,.0f} {self._unit}/s" if speed >= 1 else slow)
 
 
 @contextmanager
-def progress_bar(unit: str) -> Iterator[Progress]:
-    """A live progress display counting `unit` ("rows", "blocks", "steps"); add tasks to it with `add_task`."""
+def progress_bar(description: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A function that moves the bar on by so many `unit`s ("rows", "blocks"), while the context is open."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
-        RateColumn(),
+        RateColumn(unit),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield progress
+        task = progress.add_task(description, total=total)
+        yield functools.partial(progress.advance, task)
 
 
-def track(batches: Iterable[Sequence[T]], *, total: int, description: str, unit: str) -> Iterator[Sequence[T]]:
-    """The batches, with a bar that advances by the size of each."""
-    with progress_bar(unit) as progress:
-        task = progress.add_task(description, total=total, unit=unit)
-        for batch in batches:
-            yield batch
-            progress.advance(task, len(batch))
+def working(description: str) -> AbstractContextManager[object]:
+    """A sign of life for work that cannot be counted; gone when it is done."""
+    return console.status(f"{description} ...") if console.is_terminal else nullcontext()
+
+
+@contextmanager
+def library_bars_hidden() -> Iterator[None]:
+    """No progress bars of `datasets` in between: they count something else than ours, and fill piped output."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""The size rules that ruff has no rule for; `make check` runs it. Prints file:line and the rule, then exits 1.
+"""The size rules that ruff has no rule for; run by `make check`. Prints file:line and the rule, exits 1.
 
 - a function has at most 60 lines, its docstring not counted
 - a function inside a function has at most 5
@@ -24,10 +24,9 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 def functions(node: ast.AST, nested: bool = False) -> Iterator[tuple[Function, bool]]:
     """Every function below `node`, and whether it stands inside another function."""
     for child in ast.iter_child_nodes(node):
-        is_function = isinstance(child, Function)
-        if is_function:
+        if isinstance(child, Function):
             yield child, nested
-        yield from functions(child, nested or is_function)
+        yield from functions(child, nested or isinstance(child, Function))
 
 
 def num_lines(function: Function) -> int:
@@ -49,7 +48,7 @@ def problems(path: Path) -> Iterator[str]:
     explained = any(line.startswith("# size: ") for line in lines)
     if name.parts[0] == "llm" and len(lines) > FILE_LINES and not explained:
         yield f"{name}:1: {len(lines)} lines, at most {FILE_LINES}"
-    for function, nested in functions(ast.parse(text)):
+    for function, nested in functions(ast.parse(text, filename=str(name))):
         most = NESTED_FUNCTION_LINES if nested else FUNCTION_LINES
         if (lines_here := num_lines(function)) > most:
             kind = "nested function" if nested else "function"

@@ -28,7 +28,7 @@ from holidays.registry import COUNTRIES
 HOLIDAYS_VERSION = "0.109"
 SEED = 20260604
 YEARS = range(2020, 2031)
-ROWS = {"train": 600, "validation": 60, "test": 120}
+ROWS = {"train": 600, "validation": 60, "test": 100}
 COUNTRY_SHARES = {"train": 0.65, "validation": 0.12, "test": 0.23}
 SPELLINGS = {
     "dr_congo": "DR Congo",
@@ -51,9 +51,10 @@ QUESTIONS_WITHOUT_YEAR = (
     "What is the date of {holiday} in {country}?",
 )
 SOURCES = (
-    ("Public holidays in {country}. ", "{holiday}: {date}", ". "),
-    ("{country} calendar. ", "{holiday} is on {date}", ". "),
-    ("{country}: ", "{holiday} {date}", ", "),
+    "Public holidays in {country}: {holiday}, {date}.",
+    "{country}, official calendar. {holiday}: {date}.",
+    "In {country}, {holiday} is observed on {date}.",
+    "{country} holiday notice: {holiday} falls on {date}, offices are closed.",
 )
 Calendar = dict[str, date]
 
@@ -95,8 +96,7 @@ def usable_countries() -> list[str]:
     return sorted(
         key
         for key in COUNTRIES
-        if len(country_name(key)) <= 24
-        and all(len(page(key, year).calendar) >= 5 for year in YEARS)
+        if len(country_name(key)) <= 24 and all(len(page(key, year).calendar) >= 5 for year in YEARS)
     )
 
 
@@ -116,11 +116,7 @@ def split_countries(rng: random.Random) -> dict[str, list[str]]:
 def rivals(asked: Page, holiday: str, countries: list[str]) -> list[Page]:
     """Other countries that have this holiday in this year on another date."""
     pages = [page(key, asked.year) for key in countries]
-    return [
-        p
-        for p in pages
-        if p.calendar.get(holiday, asked.calendar[holiday]) != asked.calendar[holiday]
-    ]
+    return [p for p in pages if p.calendar.get(holiday, asked.calendar[holiday]) != asked.calendar[holiday]]
 
 
 def choose_holiday(asked: Page, countries: list[str], rng: random.Random) -> str:
@@ -131,14 +127,10 @@ def choose_holiday(asked: Page, countries: list[str], rng: random.Random) -> str
 
 
 def source_text(source: Page, holiday: str, rng: random.Random) -> str:
-    """The page as a text with two entries in calendar order, `holiday` among them."""
-    others = sorted(name for name in source.calendar if name != holiday)
-    names = [holiday] if holiday in source.calendar else []
-    names += rng.sample(others, 2 - len(names))
-    opening, entry, separator = rng.choice(SOURCES)
-    days = sorted((source.calendar[name], name) for name in names)
-    entries = (entry.format(holiday=name, date=day.isoformat()) for day, name in days)
-    return opening.format(country=source.country) + separator.join(entries) + "."
+    """What the page says about `holiday`, or about another day where it has no such holiday."""
+    name = holiday if holiday in source.calendar else rng.choice(sorted(source.calendar))
+    day = source.calendar[name].isoformat()
+    return rng.choice(SOURCES).format(country=source.country, holiday=name, date=day)
 
 
 def make_row(key: str, countries: list[str], rng: random.Random) -> dict[str, object]:
@@ -146,7 +138,7 @@ def make_row(key: str, countries: list[str], rng: random.Random) -> dict[str, ob
     asked = page(key, rng.choice(YEARS))
     holiday = choose_holiday(asked, countries, rng)
     other_year = page(key, asked.year + rng.choice((-1, 1)))
-    if rng.random() < 0.25 and holiday in other_year.calendar:
+    if rng.random() < 0.2 and holiday in other_year.calendar:
         distractor, wordings = other_year, QUESTIONS
     else:
         others = [page(other, asked.year) for other in countries if other != key]
@@ -182,8 +174,7 @@ def main() -> int:
     version = metadata.version("holidays")
     if version != HOLIDAYS_VERSION:
         print(
-            f"holidays {version} is installed and has other dates: "
-            f"pip install holidays=={HOLIDAYS_VERSION}",
+            f"holidays {version} is installed and has other dates: pip install holidays=={HOLIDAYS_VERSION}",
             file=sys.stderr,
         )
         return 2

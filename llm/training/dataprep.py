@@ -3,20 +3,22 @@
 import sys
 from pathlib import Path
 
-if not __package__:  # started as a file: Python put this folder first, where our module names would shadow others
+if (
+    not __package__
+):  # started as a file: Python put this folder first, where our module names would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import typer
 
 from llm.training.config import DataPrepConfig
 from llm.training.prep.blocks import iterate_blocks, padding
-from llm.training.prep.dataset import load_source
+from llm.training.prep.dataset import check_source, load_source
 from llm.training.prep.engine import encode_rows, open_encoder
 from llm.training.prep.manifest import Manifest
 from llm.training.prep.pack import pack_examples
 from llm.training.prep.summary import ledger_with_blocks, make_manifest, print_summary
-from llm.training.prep.target import check_target, find_target, staged
-from llm.training.prep.write import spill_blocks, write_dataset, write_records
+from llm.training.prep.target import open_target, staged
+from llm.training.prep.write import check_writer, spill_blocks, write_dataset, write_records
 
 
 def prepare(config: DataPrepConfig) -> Manifest:
@@ -24,8 +26,9 @@ def prepare(config: DataPrepConfig) -> Manifest:
 
     Raises ConfigError before any row is read, DataError for rows that cannot be used; the target is then as it was.
     """
-    target = find_target(config.dataset_writer_config)
-    check_target(target, overwrite=config.overwrite)
+    target = open_target(config)
+    check_writer(config.dataset_writer_config)
+    check_source(config.source_config)
     encoder = open_encoder(config)
     rows = load_source(config.source_config)
     with staged(target) as (folder, staging):
@@ -33,11 +36,12 @@ def prepare(config: DataPrepConfig) -> Manifest:
         packing = pack_examples(
             examples.lengths, chunksize=config.chunksize, is_packed=config.pack, seed=config.seed
         )
-        blocks = spill_blocks(iterate_blocks(examples.table, packing, padding(config, encoder.tokenizer)), folder)
+        batches = iterate_blocks(examples.table, packing, padding(config, encoder.tokenizer))
+        blocks = spill_blocks(batches, folder, num_blocks=packing.num_blocks)
         write_dataset(blocks, config.dataset_writer_config, staging)
         manifest = make_manifest(config, encoder, examples, packing)
         write_records(ledger_with_blocks(examples, packing), manifest, staging)
-    print_summary(manifest, target.path)
+    print_summary(manifest, config, target.path)
     return manifest
 
 

@@ -29,13 +29,14 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+GEMMA = {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8}
 # Windows of 5 and 6 tokens are shorter than the examples of the tests.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": HEADS,
     "qwen2": HEADS | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": HEADS | {"head_dim": 8},
-    "gemma2": HEADS | {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0},
-    "gemma3_text": HEADS | {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "gemma2": HEADS | GEMMA | {"attn_logit_softcapping": 3.0},
+    "gemma3_text": HEADS | GEMMA,
     "mistral": HEADS | {"sliding_window": 6},
     "phi3": HEADS | {"sliding_window": None},
     "gpt_neox": {"num_attention_heads": 4},
@@ -51,18 +52,13 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    # peft 0.21.2 reads a name that transformers 5.23 renamed; delete when peft does not.
-    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
 MakeModel = Callable[..., PreTrainedModel]
 
 
 @pytest.fixture
 def make_model() -> MakeModel:
-    """A function: architecture and changes of its configuration -> a tiny model with our attention, in eval mode."""
+    """A function: architecture and changes of its configuration -> a tiny model with our attention, in eval
+    mode."""
 
     def make(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
         settings = COMMON | (ARCHITECTURES | REFUSED)[architecture] | changes
@@ -75,8 +71,10 @@ def make_model() -> MakeModel:
     return make
 
 
-def make_block(node_lengths: Sequence[int], node_parents: Sequence[int], *, seed: int = 0, padding: int = 0) -> dict[str, Any]:
-    """A block of random ids in which every second half of a node is trained, and at least no first token is."""
+def make_block(
+    node_lengths: Sequence[int], node_parents: Sequence[int], *, seed: int = 0, padding: int = 0
+) -> dict[str, Any]:
+    """A block of random ids of which the second half of each node is trained, and never its first token."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB_SIZE, (sum(node_lengths),), generator=generator).tolist()
     labels: list[int] = []
@@ -114,7 +112,7 @@ def unpack(dataset: Dataset) -> Dataset:
         start = 0
         for length in block["node_lengths"]:
             span = slice(start, start + length)
-            row = {name: block[name][span] for name in ("input_ids", "attention_mask", "labels", "position_ids")}
+            row = {name: block[name][span] for name in ("input_ids", "labels", "position_ids")}
             rows.append(row | {"node_lengths": [length], "node_parents": [-1]})
             start += length
     return Dataset.from_list(rows)

@@ -33,6 +33,7 @@ VOCABULARY = 97
 
 def tiny_model(*, is_lora: bool = True) -> LlamaForCausalLM | PeftModel:
     """A Llama of 2 layers with dropout, the same weights each time."""
+    torch.set_num_threads(1)  # threads only wait for one another at this size
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -248,7 +249,6 @@ def running_process(target: Callable[..., None], *arguments: Any) -> Iterator[Ba
 
 def resume_and_train(output: Path, settings: dict[str, Any]) -> None:
     """What `finetune` does, small: goes on from the newest whole checkpoint; `digest` is the result's hash."""
-    torch.set_num_threads(1)
     checkpoint = newest_whole_checkpoint(str(output))
     digest = train(output, checkpoint, **settings)
     (output / "digest.tmp").write_text(digest)

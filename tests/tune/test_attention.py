@@ -1,4 +1,5 @@
-"""Our attention and its self-test: packed examples do not touch, on every architecture, and what leaks is refused."""
+"""Our attention and its self-test: packed examples do not touch, on every architecture, and what leaks is
+refused."""
 
 from typing import Any
 
@@ -15,16 +16,24 @@ from llm.training.tune.attention import NODE_ATTENTION, node_paths
 from llm.training.tune.isolation import check_isolation, keeps_examples_apart, node_positions
 
 
-def packed_logits(model: PreTrainedModel, ids: torch.Tensor, lengths: list[int], parents: list[int]) -> torch.Tensor:
+def packed_logits(
+    model: PreTrainedModel, ids: torch.Tensor, lengths: list[int], parents: list[int]
+) -> torch.Tensor:
     positions = torch.tensor([node_positions(lengths, parents)])
     with torch.no_grad():
         output = model(
-            input_ids=ids[None], position_ids=positions, node_lengths=lengths, node_parents=parents, use_cache=False
+            input_ids=ids[None],
+            position_ids=positions,
+            node_lengths=lengths,
+            node_parents=parents,
+            use_cache=False,
         )
     return output.logits[0]
 
 
-def path_logits(model: PreTrainedModel, ids: torch.Tensor, lengths: list[int], parents: list[int]) -> torch.Tensor:
+def path_logits(
+    model: PreTrainedModel, ids: torch.Tensor, lengths: list[int], parents: list[int]
+) -> torch.Tensor:
     """The logits of each node from its path alone, through eager attention, one forward a path."""
     nodes = ids.split(lengths)
     model.set_attn_implementation("eager")
@@ -99,7 +108,9 @@ def test_refused_model_trains_on_unpacked_blocks_only(architecture: str, make_mo
         keeps_examples_apart(model, is_packed=True)
     assert keeps_examples_apart(model, is_packed=False) is False
     rows = torch.arange(3, 13).view(2, 5)
-    assert torch.isfinite(model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits).all()
+    assert torch.isfinite(
+        model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
+    ).all()
 
 
 def test_self_test_sees_a_leak_of_one_node(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +135,9 @@ def test_self_test_leaves_the_random_state_alone(make_model: MakeModel) -> None:
 def test_packed_row_without_node_structure_is_an_error(make_model: MakeModel) -> None:
     with pytest.raises(ValueError, match="these position_ids restart"):
         make_model("llama")(
-            input_ids=torch.arange(3, 9)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False
+            input_ids=torch.arange(3, 9)[None],
+            position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]),
+            use_cache=False,
         )
 
 

@@ -350,7 +350,6 @@ def test_disk_full_while_saving_removes_only_the_unfinished_folder(
 
 def train_as_rank(output: Path, rank: int, port: int) -> None:
     """One of two ranks; rank 1 writes its RNG state late."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if rank == 1:

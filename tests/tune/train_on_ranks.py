@@ -1,4 +1,5 @@
-"""Five steps on this rank and its fellows; rank 0 saves what came out. Started by `test_trainer.py` under torchrun."""
+"""Five steps on this rank and its fellows; rank 0 saves what came out. Started by `test_trainer.py` under
+torchrun."""
 
 import sys
 from typing import Any

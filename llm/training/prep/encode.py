@@ -11,19 +11,26 @@ the answer with SentencePiece. So: the ids of the whole where the prompt's ids b
 ids of one character and the response behind the ids of that character.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from llm.chat_template import ChatTemplateFormat
-from llm.errors import ConfigError, DataError
+from llm.errors import ConfigError, DataError, did_you_mean
 from llm.prompt import Message, Prompt
 from llm.prompt_format import PromptFormat, Segment, last_control_token
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import OnTooLong
 from llm.training.prep.dataset import Row
 
-DropReason = Literal["empty_response", "too_long", "not_representable", "no_exact_boundary"]
+DropReason = Literal["empty_response", "empty_prompt", "too_long", "not_representable", "no_exact_boundary"]
+DROP_ADVICE: dict[str, str] = {
+    "empty_response": "no response to learn from",
+    "empty_prompt": "no prompt token from which to predict the response's first",
+    "too_long": "longer than chunksize: raise it, or set on_too_long",
+    "not_representable": "the tokenizer has no tokens for some of its characters",
+    "no_exact_boundary": "prompt and response cannot be told apart in tokens",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +91,12 @@ class _Joint(NamedTuple):
     response: str
 
 
+_Pair = tuple[Segment, Segment]  # a prompt and its response
+_JoinedIds = tuple[
+    list[int], list[int] | None
+]  # the ids of a prompt and of its response, None where no join is exact
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
     """Turns rows into examples of at most `max_tokens` tokens."""
@@ -96,7 +109,15 @@ class Encoder:
     allow_special_tokens_in_data: bool = False
 
     def check_room(self) -> None:
-        """ConfigError when the fixed part of the prompt (system message, few-shot examples, marks) leaves no room."""
+        """ConfigError when the fixed part of the prompt (system message, few-shot examples, marks) leaves no room.
+
+        Also when the format's stop is not a control token, so that no response could end with it.
+        """
+        if self.prompt_format.stop not in self.tokenizer.control_tokens:
+            raise ConfigError(
+                f"prompt_format_config: the stop `{self.prompt_format.stop}` is not a control token of this tokenizer. "
+                f"{did_you_mean(self.prompt_format.stop, self.tokenizer.control_tokens)}"
+            )
         empty = self._encode_all([Row(number=0, input="", response="")])[0]
         num_tokens = empty.num_tokens if isinstance(empty, Dropped) else len(empty.input_ids)
         if num_tokens >= self.max_tokens:
@@ -124,19 +145,19 @@ class Encoder:
         num_tokens = len(outcome.input_ids)
         if self.on_too_long == "error":
             raise DataError(
-                f"row {row.number}: {num_tokens} tokens, a block holds {self.max_tokens} (chunksize). Raise chunksize, or "
+                f"source_config: row {row.number} (counted from 0): {num_tokens} tokens, a block holds {self.max_tokens} (chunksize). Raise chunksize, or "
                 "set on_too_long to `drop` or `truncate_contexts`."
             )
         cut = self._truncate(row) if self.on_too_long == "truncate_contexts" else None
         return cut or Dropped(row=row.number, reason="too_long", num_tokens=num_tokens)
 
     def _truncate(self, row: Row) -> Example | None:
-        """The example with as many leading contexts as fit, then as much of the input; None when nothing helps."""
+        """The example with as many leading contexts as fit, else with as much of the input (1 character or more)."""
         for kept in range(len(row.contexts) - 1, -1, -1):
             example = self._try(replace(row, contexts=row.contexts[:kept]))
             if example:
                 return replace(example, num_cut_contexts=len(row.contexts) - kept)
-        low, high, best = 0, len(row.input), None
+        low, high, best = 1, len(row.input), None
         while low < high:  # the longest input that fits, by bisection over characters
             middle = (low + high) // 2
             example = self._try(replace(row, contexts=(), input=row.input[:middle]))
@@ -149,23 +170,23 @@ class Encoder:
         return outcome if isinstance(outcome, Example) and len(outcome.input_ids) <= self.max_tokens else None
 
     def _encode_all(self, rows: Sequence[Row]) -> list[Outcome]:
-        segments = [self._segments(row) for row in rows]
-        joints = [joint for one in segments for joint in self._joints(one)]
+        pairs = [_pairs(self._segments(row)) for row in rows]
+        joints = [joint for one in pairs for joint in self._joints(one)]
         ids = iter(self._join_all(joints))
-        outcomes = [self._example(row, one, ids) for row, one in zip(rows, segments, strict=True)]
+        outcomes = [self._example(row, one, ids) for row, one in zip(rows, pairs, strict=True)]
         return self._checked(outcomes)
 
     def _segments(self, row: Row) -> list[Segment]:
-        keep = str if self.allow_special_tokens_in_data else self.tokenizer.keep_as_text
+        keep: Callable[[str], str] = str if self.allow_special_tokens_in_data else self.tokenizer.keep_as_text
         try:
             message = Message(keep(row.input), keep(row.response), [keep(text) for text in row.contexts])
-            return self.prompt.segments([message], self.prompt_format)
+            return self.prompt_format.segments(self.prompt.conversation([message]))
         except (ValueError, DataError) as error:
-            raise DataError(f"row {row.number}: {error}") from error
+            raise DataError(f"source_config: row {row.number} (counted from 0): {error}") from error
 
-    def _joints(self, segments: Sequence[Segment]) -> list[_Joint]:
+    def _joints(self, pairs: Sequence[_Pair]) -> list[_Joint]:
         joints: list[_Joint] = []
-        for prompt, response in zip(segments[::2], segments[1::2], strict=False):
+        for prompt, response in pairs:
             lead = self.prompt_format.stop if joints else ""
             opening = lead + prompt.text
             token = last_control_token(opening, self.tokenizer.cut_tokens)
@@ -173,7 +194,7 @@ class Encoder:
             joints.append(_Joint(lead, opening[:cut], opening[cut:], response.text))
         return joints
 
-    def _join_all(self, joints: Sequence[_Joint]) -> list[tuple[list[int], list[int] | None]]:
+    def _join_all(self, joints: Sequence[_Joint]) -> list[_JoinedIds]:
         """Per joint the prompt ids, and the response ids; None where no exact join exists."""
         texts = dict.fromkeys(joint.tail for joint in joints)
         texts |= dict.fromkeys(joint.head for joint in joints)
@@ -182,7 +203,9 @@ class Encoder:
         found = []
         for joint in joints:
             head, tail, whole = (ids_of[t] for t in (joint.head, joint.tail, joint.tail + joint.response))
-            response = whole[len(tail) :] if whole[: len(tail)] == tail else self._anchored(joint, tail, whole)
+            response = (
+                whole[len(tail) :] if whole[: len(tail)] == tail else self._anchored(joint, tail, whole)
+            )
             found.append(((head + tail)[bool(joint.lead) :], response))
         return found
 
@@ -195,28 +218,44 @@ class Encoder:
                 return response
         return None
 
-    def _example(self, row: Row, segments: Sequence[Segment], ids: Iterator[tuple[list[int], list[int] | None]]) -> Outcome:
+    def _example(self, row: Row, pairs: Sequence[_Pair], ids: Iterator[_JoinedIds]) -> Outcome:
         input_ids: list[int] = []
         trained = []
-        for segment in segments[1::2]:
-            prompt, response = next(ids)
+        joined = [next(ids) for _ in pairs]
+        for (_, segment), (prompt, response) in zip(pairs, joined, strict=True):
             if response is None:
                 return Dropped(row=row.number, reason="no_exact_boundary")
-            input_ids += prompt
-            start = len(input_ids)
-            input_ids += response
+            start = len(input_ids) + len(prompt)
+            input_ids += prompt + response
             if segment.is_trained:
                 trained.append((start, len(input_ids)))
-        marked = "".join(segment.text for segment in segments)
+        if not trained or trained[0][0] == 0:
+            return Dropped(row=row.number, reason="empty_prompt", num_tokens=len(input_ids))
+        marked = "".join(prompt.text + response.text for prompt, response in pairs)
         text = self.tokenizer.unmark(marked)
-        return Example(
-            row=row.number, text=text, input_ids=input_ids, trained=tuple(trained), has_control_text=text != marked
+        has_control_text = (
+            self._has_control_text(row) if self.allow_special_tokens_in_data else text != marked
         )
+        return Example(
+            row=row.number,
+            text=text,
+            input_ids=input_ids,
+            trained=tuple(trained),
+            has_control_text=has_control_text,
+        )
+
+    def _has_control_text(self, row: Row) -> bool:
+        texts = (row.input, row.response, *row.contexts)
+        return any(token in text for token in self.tokenizer.control_tokens for text in texts)
 
     def _checked(self, outcomes: list[Outcome]) -> list[Outcome]:
         """I2 and the stop token, for every example."""
         examples = [outcome for outcome in outcomes if isinstance(outcome, Example)]
-        decoded = dict(zip((e.row for e in examples), self.tokenizer.decode([e.input_ids for e in examples]), strict=True))
+        decoded = dict(
+            zip(
+                (e.row for e in examples), self.tokenizer.decode([e.input_ids for e in examples]), strict=True
+            )
+        )
         stop = self.tokenizer.control_tokens[self.prompt_format.stop]
         checked: list[Outcome] = []
         for outcome in outcomes:
@@ -227,3 +266,10 @@ class Encoder:
                     outcome = Dropped(row=outcome.row, reason="not_representable", num_tokens=num_tokens)
             checked.append(outcome)
         return checked
+
+
+def _pairs(segments: Sequence[Segment]) -> list[_Pair]:
+    """Prompts and responses in turn, without what a format puts behind the stop token; none when a prompt is empty."""
+    if segments[0].is_trained:
+        return []
+    return list(zip(segments[::2], segments[1::2], strict=False))

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from llm.errors import DataError
 from llm.prompt_registry import make_prompt, make_prompt_format
-from llm.terminal import track
+from llm.terminal import progress_bar
 from llm.tokenizer import load_prompt_tokenizer
 from llm.training.config import DataPrepConfig
 from llm.training.prep.dataset import iterate_rows
-from llm.training.prep.encode import Encoder
+from llm.training.prep.encode import DROP_ADVICE, Encoder
 from llm.training.prep.store import Examples, ExampleWriter
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def open_encoder(config: DataPrepConfig) -> Encoder:
         tokenizer=tokenizer,
         prompt=prompt,
         prompt_format=make_prompt_format(
-            chosen and chosen.method,
+            chosen.method if chosen else None,
             chosen.kwargs if chosen else {},
             base_model=config.base_model,
             tokenizer=tokenizer,
@@ -46,11 +46,18 @@ def open_encoder(config: DataPrepConfig) -> Encoder:
 def encode_rows(rows: "Dataset", encoder: Encoder, folder: Path) -> Examples:
     """The examples of all rows, spilled to `folder`; DataError when none is left, with the reasons."""
     batches = iterate_rows(rows, batch_size=_ROWS_AT_ONCE)
-    with ExampleWriter(folder) as writer:
-        for batch in track(batches, total=len(rows), description="Tokenizing", unit="rows"):
+    bar = progress_bar("Tokenizing", total=len(rows), unit="rows")
+    with ExampleWriter(folder) as writer, bar as advance:
+        for batch in batches:
             writer.add(batch, encoder.encode(batch))
+            advance(len(batch))
     examples = writer.read()
     if not len(examples.lengths):
-        told = ", ".join(f"{count} {what.removeprefix('dropped: ')}" for what, count in examples.counts().items())
-        raise DataError(f"source_config: every one of the {len(rows)} rows was dropped: {told}. Nothing was written.")
+        reasons = {what.removeprefix("dropped: "): count for what, count in examples.counts().items()}
+        told = "\n".join(
+            f"- {reason}, {count} rows: {DROP_ADVICE[reason]}" for reason, count in reasons.items()
+        )
+        raise DataError(
+            f"source_config: every one of the {len(rows)} rows was dropped, nothing is written:\n{told}"
+        )
     return examples

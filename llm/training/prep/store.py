@@ -32,6 +32,7 @@ _LEDGER = {
     "row": pa.int64(),
     "outcome": pa.string(),  # kept, cut, dropped
     "reason": pa.string(),
+    "num_tokens": pa.int32(),
     "num_prompt_tokens": pa.int32(),
     "num_trained_tokens": pa.int32(),
     "num_cut_contexts": pa.int32(),
@@ -56,7 +57,9 @@ class Examples:
     def counts(self) -> Counter[str]:
         """Rows by outcome: `kept`, `cut` (kept in part), `dropped: <reason>`."""
         reasons = zip(self.ledger["outcome"].to_pylist(), self.ledger["reason"].to_pylist(), strict=True)
-        return Counter(f"{outcome}: {reason}" if outcome == "dropped" else outcome for outcome, reason in reasons)
+        return Counter(
+            f"{outcome}: {reason}" if outcome == "dropped" else outcome for outcome, reason in reasons
+        )
 
 
 class ExampleWriter:
@@ -124,16 +127,24 @@ def _lists(values: list[list[int]]) -> pa.ListArray:
     """A list array through NumPy: four times faster than handing Arrow the Python lists."""
     offsets = np.zeros(len(values) + 1, dtype=np.int32)
     np.cumsum([len(one) for one in values], out=offsets[1:])
-    flat = np.concatenate([np.array(one, dtype=np.int32) for one in values]) if values else np.empty(0, np.int32)
+    flat = (
+        np.concatenate([np.array(one, dtype=np.int32) for one in values]) if values else np.empty(0, np.int32)
+    )
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
 def _entry(outcome: Outcome) -> dict[str, object]:
     if isinstance(outcome, Dropped):
-        return {"row": outcome.row, "outcome": "dropped", "reason": outcome.reason}
+        return {
+            "row": outcome.row,
+            "outcome": "dropped",
+            "reason": outcome.reason,
+            "num_tokens": outcome.num_tokens or None,
+        }
     return {
         "row": outcome.row,
         "outcome": "cut" if outcome.is_cut else "kept",
+        "num_tokens": len(outcome.input_ids),
         "num_prompt_tokens": outcome.num_prompt_tokens,
         "num_trained_tokens": outcome.num_trained_tokens,
         "num_cut_contexts": outcome.num_cut_contexts,

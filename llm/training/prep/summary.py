@@ -10,17 +10,10 @@ import pyarrow.compute as pc
 from llm.serving_template import serving_template
 from llm.terminal import console, print_table
 from llm.training.config import DataPrepConfig, MethodConfig
-from llm.training.prep.encode import Encoder
+from llm.training.prep.encode import DROP_ADVICE, Encoder
 from llm.training.prep.manifest import FORMAT_VERSION, Manifest, Sample
 from llm.training.prep.pack import Packing
 from llm.training.prep.store import Examples
-
-_ADVICE = {
-    "too_long": "longer than chunksize: raise it, or set on_too_long",
-    "empty_response": "no response to learn from",
-    "not_representable": "the tokenizer has no tokens for some of its characters",
-    "no_exact_boundary": "prompt and response cannot be told apart in tokens",
-}
 
 
 def ledger_with_blocks(examples: Examples, packing: Packing) -> pa.Table:
@@ -33,16 +26,17 @@ def ledger_with_blocks(examples: Examples, packing: Packing) -> pa.Table:
     return examples.ledger.append_column("block", pa.array(blocks, mask=is_dropped))
 
 
-def make_manifest(
-    config: DataPrepConfig, encoder: Encoder, examples: Examples, packing: Packing
-) -> Manifest:
+def make_manifest(config: DataPrepConfig, encoder: Encoder, examples: Examples, packing: Packing) -> Manifest:
     """The facts of a finished preparation; asserts that the row counts add up."""
     return Manifest(
         format_version=FORMAT_VERSION,
         base_model=config.base_model,
         tokenizer_fingerprint=encoder.tokenizer.fingerprint,
         prompt=config.prompt_config.model_dump(),
-        prompt_format={"method": type(encoder.prompt_format).__name__, "kwargs": _kwargs(config.prompt_format_config)},
+        prompt_format={
+            "method": type(encoder.prompt_format).__name__,
+            "kwargs": _kwargs(config.prompt_format_config),
+        },
         chat_template=serving_template(encoder.prompt, encoder.prompt_format),
         stop_token=encoder.prompt_format.stop,
         stop_token_id=encoder.tokenizer.control_tokens[encoder.prompt_format.stop],
@@ -52,11 +46,13 @@ def make_manifest(
         chunksize=config.chunksize,
         ignore_index=config.ignore_index,
         seed=config.seed,
-        versions={name: version(name) for name in ("llm-train", "transformers", "tokenizers", "datasets", "pyarrow")},
+        versions={
+            name: version(name) for name in ("llm-train", "transformers", "tokenizers", "datasets", "pyarrow")
+        },
     )
 
 
-def print_summary(manifest: Manifest, path: str) -> None:
+def print_summary(manifest: Manifest, config: DataPrepConfig, path: str) -> None:
     """The table at the end of `dataprep`."""
     counts = manifest.counts
     rows = [("rows read", f"{counts['rows_read']:,}"), ("kept whole", f"{counts['rows_kept']:,}")]
@@ -64,9 +60,10 @@ def print_summary(manifest: Manifest, path: str) -> None:
         rows.append(("kept, cut to fit", f"{counts['rows_cut']:,}"))
     for reason, found in counts["rows_dropped"].items():
         first = ", ".join(map(str, found["first_rows"]))
-        rows.append((f"dropped: {reason}", f"{found['rows']:,}  ({_ADVICE[reason]}; rows {first})"))
+        rows.append((f"dropped: {reason}", f"{found['rows']:,}  ({DROP_ADVICE[reason]}; rows {first})"))
     if counts["rows_with_control_text"]:
-        rows.append(("with control-token text", f"{counts['rows_with_control_text']:,}  (kept as text)"))
+        became = "become control tokens" if config.allow_special_tokens_in_data else "kept as text"
+        rows.append(("with control-token text", f"{counts['rows_with_control_text']:,}  ({became})"))
     share = counts["trained_tokens"] / counts["tokens"]
     rows += [
         ("tokens", f"{counts['tokens']:,}"),
@@ -102,15 +99,18 @@ def _counts(examples: Examples, packing: Packing, chunksize: int) -> dict[str, A
         "blocks": packing.num_blocks,
         "density": round(tokens / (packing.num_blocks * chunksize), 4),
     }
-    num_dropped = sum(found["rows"] for found in dropped.values())
-    assert counts["rows_read"] == counts["rows_kept"] + counts["rows_cut"] + num_dropped, "a row vanished"
-    assert len(packing.examples) == counts["rows_kept"] + counts["rows_cut"], "an example vanished"
+    num_dropped = sum(count for outcome, count in outcomes.items() if outcome.startswith("dropped: "))
+    num_kept = outcomes["kept"] + outcomes["cut"]
+    assert ledger.num_rows == num_kept + num_dropped, "a row vanished"
+    assert len(packing.examples) == num_kept, "an example vanished"
     return counts
 
 
 def _first_rows(ledger: pa.Table, outcome: str) -> list[int]:
-    rows = ledger.filter(pc.equal(ledger["reason"], outcome.removeprefix("dropped: ")))["row"]
-    return rows.slice(0, 5).to_pylist()
+    rows: list[int] = ledger.filter(pc.equal(ledger["reason"], outcome.removeprefix("dropped: ")))[
+        "row"
+    ].to_pylist()
+    return rows[:5]
 
 
 def _samples(examples: Examples) -> list[Sample]:

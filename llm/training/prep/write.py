@@ -1,8 +1,9 @@
 """Stage 5, second half: blocks -> the data set at its target, then the ledger, then the manifest (last)."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm.errors import DataError
 from llm.registry import call_method, resolve_method
+from llm.terminal import library_bars_hidden, progress_bar, working
 from llm.training.config import MethodConfig
 from llm.training.prep.blocks import BLOCK_SCHEMA
 from llm.training.prep.manifest import Manifest, write_manifest
@@ -28,14 +29,22 @@ DATASET_WRITERS = {
 }
 
 
-def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path) -> "Dataset":
+def check_writer(writer: MethodConfig) -> None:
+    """ConfigError when the method is unknown or does not take its kwargs, before anything is done."""
+    method = resolve_method(writer.method, DATASET_WRITERS, key=f"{KEY}.method")
+    call_method(_doing_nothing(method), None, kwargs=writer.kwargs, key=KEY)
+
+
+def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path, *, num_blocks: int) -> "Dataset":
     """The blocks as a data set that is memory-mapped from a file in `folder`; the same bytes give the same fingerprint."""
     from datasets import Dataset
 
     path = folder / "blocks.arrow"
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, BLOCK_SCHEMA) as writer:
+    bar = progress_bar("Packing", total=num_blocks, unit="blocks")
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, BLOCK_SCHEMA) as writer, bar as advance:
         for batch in batches:
             writer.write_batch(batch)
+            advance(batch.num_rows)
     with path.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
     return Dataset(Dataset.from_file(str(path)).data, fingerprint=fingerprint)
@@ -43,16 +52,9 @@ def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path) -> "Dataset":
 
 def write_dataset(blocks: "Dataset", writer: MethodConfig, target: Target) -> None:
     """Hands the blocks to the writer method, with `target` as its path."""
-    from datasets.utils import disable_progress_bars, enable_progress_bars
-
     method = resolve_method(writer.method, DATASET_WRITERS, key=f"{KEY}.method")
-    disable_progress_bars()  # theirs goes by examples of a shard, beside our own
-    try:
+    with working("Writing"), library_bars_hidden():
         call_method(method, blocks, kwargs={**writer.kwargs, target.path_key: target.path}, key=KEY)
-    except OSError as error:
-        raise DataError(f"{KEY}: cannot write to `{target.path}`: {error}") from error
-    finally:
-        enable_progress_bars()
 
 
 def write_records(ledger: pa.Table, manifest: Manifest, target: Target) -> None:
@@ -66,6 +68,11 @@ def to_csv(dataset: "Dataset", path_or_buf: str, **kwargs: Any) -> None:
     """Writes CSV whose lists are JSON (`[1, 2]`), which `load_blocks` reads back; without that they come back as text."""
     as_json = dataset.map(_lists_as_json, batched=True, remove_columns=dataset.column_names)
     as_json.to_csv(path_or_buf, **kwargs)
+
+
+def _doing_nothing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the signature of `method`."""
+    return functools.wraps(method)(lambda *args, **kwargs: None)
 
 
 def _lists_as_json(batch: dict[str, list[Any]]) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """LoRA on the right modules, or the whole model for full fine-tuning: stage 6 of the road."""
 
 import logging
+import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -17,11 +18,12 @@ logger = logging.getLogger(__name__)
 def add_adapter(
     model: PreTrainedModel, lora_config: dict[str, Any] | None, defaults: dict[str, Any]
 ) -> PreTrainedModel | PeftModel:
-    """`model` with a LoRA adapter, of which only the adapter trains; `model` itself when `lora_config` is None.
+    """`model` with a LoRA adapter, of which only the adapter trains; `model` itself when `lora_config` is
+    None.
 
-    `lora_config` is laid over `defaults` (those of the base model, `find_model`). A quantized base has its norms and
-    embeddings turned to float32 first. Raises ConfigError for a key that `LoraConfig` has not, and for every name
-    of `target_modules` and `modules_to_save` that no module has.
+    `lora_config` is laid over `defaults` (those of the base model, `find_model`). A quantized base has its
+    norms and embeddings turned to float32 first. Raises ConfigError for a key that `LoraConfig` has not, and
+    for every name of `target_modules` and `modules_to_save` that no module has.
     """
     if lora_config is None:
         return model
@@ -36,7 +38,10 @@ def add_adapter(
         # Checkpointing follows `training_arguments`, not the quantization.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
-        adapted = get_peft_model(model, LoraConfig(**settings))
+        with warnings.catch_warnings():
+            # peft 0.21.2 reads a name that transformers 5.23 renamed; delete when peft does not.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            adapted = get_peft_model(model, LoraConfig(**settings))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora_config: {error}") from error
     trained, total = adapted.get_nb_trainable_parameters()
@@ -62,13 +67,16 @@ def _check_keys(settings: dict[str, Any]) -> None:
 
 def _check_names(model: nn.Module, key: str, names: str | Iterable[str] | None) -> None:
     """ConfigError for each listed name that is neither a module's name nor its end; peft would ignore it."""
-    if names is None or isinstance(names, str):  # `all-linear`, or a pattern, which peft refuses when nothing matches
+    # `all-linear`, or a pattern, which peft refuses when nothing matches
+    if names is None or isinstance(names, str):
         return
     modules = [name for name, _ in model.named_modules()]
     unmatched = [n for n in names if not any(m == n or m.endswith(f".{n}") for m in modules)]
     if unmatched:
         allowed = linear_module_names(model)
-        near = " ".join(did_you_mean(name, {m.rsplit(".", 1)[-1] for m in modules if m}) for name in unmatched)
+        near = " ".join(
+            did_you_mean(name, {m.rsplit(".", 1)[-1] for m in modules if m}) for name in unmatched
+        )
         raise ConfigError(
             f"lora_config.{key}: no module of this model is called {', '.join(f'`{n}`' for n in unmatched)}. "
             f"{near}\nIts linear modules: {', '.join(allowed)}."

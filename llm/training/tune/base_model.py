@@ -28,10 +28,11 @@ class Precision:
 
 
 def load_base_model(config: FinetuneConfig) -> PreTrainedModel:
-    """The base model, quantized or not, with our attention and no KV cache (which would leak between examples).
+    """The base model, quantized or not, with our attention and no KV cache (which would leak between
+    examples).
 
-    The log says which dtype and why. Raises ConfigError for a folder or hub id that cannot be loaded. Code that comes
-    with a model is never run.
+    The log says which dtype and why. Raises ConfigError for a folder or hub id that cannot be loaded. Code
+    that comes with a model is never run.
     """
     precision = resolve_precision(config)
     quantization = quantization_config(config)
@@ -53,13 +54,15 @@ def load_base_model(config: FinetuneConfig) -> PreTrainedModel:
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `base_model`; ConfigError when it cannot be loaded."""
     with _loading_errors(base_model):
-        return AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)  # type: ignore[no-any-return]
+        # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
 
 
 def resolve_precision(config: FinetuneConfig) -> Precision:
     """The dtypes of a run: what the config says, or for `auto` what the processor is fast in.
 
-    ConfigError for float16 where it cannot train: on a CPU, or in full (the gradient scaler refuses float16 weights).
+    ConfigError for float16 where it cannot train: on a CPU, or in full (the gradient scaler refuses float16
+    weights).
     """
     is_cuda = torch.cuda.is_available() and not config.training_arguments.get("use_cpu")
     fast, reason = _fast_dtype(is_cuda=is_cuda)
@@ -70,8 +73,8 @@ def resolve_precision(config: FinetuneConfig) -> Precision:
         return Precision(
             weights=torch.float32,
             autocast=autocast,
-            reason="full fine-tuning keeps float32 weights, since bfloat16 rounds away updates below 1/256 of a weight; "
-            f"it computes in {fast} ({reason})",
+            reason="full fine-tuning keeps float32 weights, since bfloat16 rounds away updates below 1/256 of "
+            f"a weight; it computes in {fast} ({reason})",
         )
     return Precision(weights=fast, autocast=autocast, reason=reason)
 
@@ -83,11 +86,13 @@ def _asked_precision(config: FinetuneConfig, *, is_cuda: bool, fast: torch.dtype
     if weights is torch.float16 and config.lora_config is None:
         raise ConfigError(
             "torch_dtype: float16 weights cannot be trained in full, the gradient scaler refuses them. Write "
-            "`torch_dtype: float32` and `training_arguments: {fp16: true}`, or train an adapter (`lora_config`)."
+            "`torch_dtype: float32` and `training_arguments: {fp16: true}`, or train an adapter "
+            "(`lora_config`)."
         )
     if weights is torch.bfloat16 and fast is not torch.bfloat16:
         logger.warning(
-            "torch_dtype: bfloat16 is emulated by this processor, up to 25 times slower than float32. `torch_dtype: auto` "
+            "torch_dtype: bfloat16 is emulated by this processor, up to 25 times slower than float32. "
+            "`torch_dtype: auto` "
             "takes what is fast."
         )
     autocast = None if weights is torch.float32 else weights
@@ -112,14 +117,17 @@ def _loading_errors(base_model: str) -> Iterator[None]:
     """Turns what loading from a folder or the hub raises into a ConfigError."""
     if _looks_like_path(base_model) and not os.path.isdir(base_model):
         raise ConfigError(
-            f"base_model: there is no folder `{base_model}` (seen from {os.getcwd()}). Write the path of a model folder, "
+            f"base_model: there is no folder `{base_model}` (seen from {os.getcwd()}). Write the path of a "
+            "model folder, "
             "or a hub id such as `HuggingFaceTB/SmolLM2-135M`."
         )
     try:
         yield
-    except (OSError, ValueError) as error:  # transformers raises these for each: unknown id, no network, odd files
+    # transformers raises these for each: unknown id, no network, odd files
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"base_model: `{base_model}` cannot be loaded: {str(error).strip()}\nWrite a hub id that this machine can "
+            f"base_model: `{base_model}` cannot be loaded: {str(error).strip()}\nWrite a hub id that this "
+            "machine can "
             "reach (a private one needs `hf auth login`), or the path of a folder that holds the model."
         ) from error
 

@@ -34,8 +34,12 @@ def flatten_blocks(blocks: Sequence[Block]) -> Batch:
         offset = len(parents)
         parents.extend(int(p) + offset if p >= 0 else -1 for p in block["node_parents"])
     return {
-        "input_ids": _flat([block["input_ids"][:length] for block, length in zip(blocks, lengths, strict=True)]),
-        "position_ids": _flat([block["position_ids"][:length] for block, length in zip(blocks, lengths, strict=True)]),
+        "input_ids": _flat(
+            [block["input_ids"][:length] for block, length in zip(blocks, lengths, strict=True)]
+        ),
+        "position_ids": _flat(
+            [block["position_ids"][:length] for block, length in zip(blocks, lengths, strict=True)]
+        ),
         "labels": _flat(labels),
         "node_lengths": [int(length) for block in blocks for length in block["node_lengths"]],
         "node_parents": parents,
@@ -46,7 +50,8 @@ def flatten_blocks(blocks: Sequence[Block]) -> Batch:
 def pad_blocks(blocks: Sequence[Block]) -> Batch:
     """Blocks of one example each as padded rows, for a model that our attention does not serve.
 
-    `input_ids`, `attention_mask`, `labels`: int64 (blocks, longest); `num_block_labels` as in `flatten_blocks`.
+    `input_ids`, `attention_mask`, `labels`: int64 (blocks, longest); `num_block_labels` as in
+    `flatten_blocks`.
     """
     lengths = [int(np.sum(block["node_lengths"])) for block in blocks]
     labels = [_labels(block, length) for block, length in zip(blocks, lengths, strict=True)]
@@ -60,7 +65,8 @@ def pad_blocks(blocks: Sequence[Block]) -> Batch:
 
 
 def _labels(block: Block, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The labels of the real tokens; dataprep may have marked the untrained ones by another negative number."""
+    """The labels of the real tokens; dataprep may have marked the untrained ones by another negative
+    number."""
     labels = np.asarray(block["labels"][:length], dtype=np.int64)
     return np.where(labels < 0, IGNORE_INDEX, labels)
 

@@ -1,4 +1,5 @@
-"""Prepared blocks checked against the model before the first step: what would train garbage, or nothing, is an error.
+"""Prepared blocks checked against the model before the first step: what would train garbage, or nothing, is
+an error.
 
 Reads the columns as Arrow arrays, a thousand blocks at a time: no token passes through Python.
 """
@@ -15,8 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm.errors import DataError
 from llm.tokenizer import tokenizer_fingerprint
-from llm.training.prep.manifest import Manifest
+from llm.training.config import DatasetConfig, FinetuneConfig
+from llm.training.prep.dataset import dataset_location, load_dataset_config
+from llm.training.prep.manifest import Manifest, read_manifest
 from llm.training.tune.collator import COLUMNS
+from llm.training.tune.isolation import vocabulary_size
 
 logger = logging.getLogger(__name__)
 _BLOCKS_AT_ONCE = 1000
@@ -34,11 +38,21 @@ class BlockFacts:
     is_packed: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """The data of a run; `manifest` is that of the training blocks, None when they are not files."""
+
+    train: Dataset
+    evaluation: Dataset | None
+    manifest: Manifest | None
+
+
 def check_blocks(dataset: Dataset, model: PreTrainedModel, *, key: str) -> BlockFacts:
     """The facts of `dataset`, whose blocks the model can train on.
 
-    DataError, with the block's number, for missing columns, no blocks, no label at all, ids beyond the vocabulary,
-    positions beyond the model's, columns that do not fit together, and a label that no token of its node predicts.
+    DataError, with the block's number, for missing columns, no blocks, no label at all, ids beyond the
+    vocabulary, positions beyond the model's, columns that do not fit together, and a label that no token of
+    its node predicts.
     """
     _check_columns(dataset, key)
     num_tokens = num_labels = max_nodes = first = 0
@@ -52,12 +66,42 @@ def check_blocks(dataset: Dataset, model: PreTrainedModel, *, key: str) -> Block
         first += table.num_rows
     if num_labels == 0:
         raise DataError(
-            f"{key}: none of the {num_tokens:,} tokens is trained: every label is masked. Look at the `labels` that "
+            f"{key}: none of the {num_tokens:,} tokens is trained: every label is masked. Look at the "
+            "`labels` that "
             "dataprep wrote, and at its `ignore_index`."
         )
     return BlockFacts(
         num_blocks=len(dataset), num_tokens=num_tokens, num_trained_tokens=num_labels, is_packed=max_nodes > 1
     )
+
+
+def load_blocks(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+    """The prepared data sets of a run, made with `tokenizer`; reads no block yet.
+
+    Raises ConfigError and DataError as `load_dataset_config`, `read_manifest` and `check_tokenizer` do.
+    """
+    train, manifest = _load(config.train_dataset_config, "train_dataset_config", config, tokenizer)
+    if config.eval_dataset_config is None:
+        return Blocks(train=train, evaluation=None, manifest=manifest)
+    evaluation, _ = _load(config.eval_dataset_config, "eval_dataset_config", config, tokenizer)
+    return Blocks(train=train, evaluation=evaluation, manifest=manifest)
+
+
+def check_data(blocks: Blocks, model: PreTrainedModel) -> bool:
+    """Whether some block holds several examples; logs what there is to train. Raises DataError as
+    `check_blocks`."""
+    facts = [check_blocks(blocks.train, model, key="train_dataset_config")]
+    if blocks.evaluation is not None:
+        facts.append(check_blocks(blocks.evaluation, model, key="eval_dataset_config"))
+    for name, fact in zip(("Training", "Evaluation"), facts, strict=False):
+        logger.info(
+            "%s data: %s blocks, %s tokens, %s of them trained.",
+            name,
+            f"{fact.num_blocks:,}",
+            f"{fact.num_tokens:,}",
+            f"{fact.num_trained_tokens:,}",
+        )
+    return any(fact.is_packed for fact in facts)
 
 
 def check_tokenizer(
@@ -68,16 +112,33 @@ def check_tokenizer(
     if found == manifest.tokenizer_fingerprint:
         return
     text = (
-        f"{key}: the blocks were made with the tokenizer {manifest.tokenizer_fingerprint} of `{manifest.base_model}`, "
+        f"{key}: the blocks were made with the tokenizer {manifest.tokenizer_fingerprint} of "
+        f"`{manifest.base_model}`, "
         f"`base_model` has the tokenizer {found}: the same ids mean other words."
     )
     if not allow_mismatch:
-        raise DataError(f"{text} Run dataprep with this `base_model`, or write `allow_tokenizer_mismatch: true`.")
+        raise DataError(
+            f"{text} Run dataprep with this `base_model`, or write `allow_tokenizer_mismatch: true`."
+        )
     logger.warning("%s Going on, as `allow_tokenizer_mismatch` says.", text)
 
 
+def _load(
+    dataset: DatasetConfig, key: str, config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Manifest | None]:
+    loaded = load_dataset_config(dataset, key=key)
+    location = dataset_location(dataset)
+    if location is None:
+        logger.warning("%s names no path: whether its blocks fit this tokenizer cannot be checked.", key)
+        return loaded, None
+    manifest = read_manifest(location, **(dataset.kwargs.get("storage_options") or {}))
+    check_tokenizer(manifest, tokenizer, key=key, allow_mismatch=config.allow_tokenizer_mismatch)
+    return loaded, manifest
+
+
 class _Blocks:
-    """Some blocks as flat arrays: `ids`, `labels`, `positions` of all tokens, `sizes` and `num_nodes` of each block."""
+    """Some blocks as flat arrays: `ids`, `labels`, `positions` of all tokens, `sizes` and `num_nodes` of each
+    block."""
 
     def __init__(self, table: pa.Table, *, key: str, first: int) -> None:
         self._key, self._first = key, first
@@ -103,11 +164,13 @@ class _Blocks:
         self._refuse_nodes(self.parents >= node_in_block, "a node of `node_parents` comes before its parent")
         skipped = np.repeat(_starts(self.sizes) - _starts(node_tokens), self.num_nodes).astype(np.int64)
         is_label = self.labels[_starts(self.nodes) + skipped] >= 0
-        self._refuse_nodes(is_label, "the first token of a node is a label, which no token of its node predicts")
+        self._refuse_nodes(
+            is_label, "the first token of a node is a label, which no token of its node predicts"
+        )
 
     def check_limits(self, model: PreTrainedModel) -> None:
         """DataError for ids and positions that the model does not have."""
-        vocab_size = model.get_input_embeddings().weight.shape[0]
+        vocab_size = vocabulary_size(model)
         block_of_token = np.repeat(np.arange(len(self.sizes)), self.sizes)
         for name, values in (("input_ids", self.ids), ("labels", self.labels)):
             wrong = (values >= vocab_size) | ((values < 0) if name == "input_ids" else False)
@@ -121,7 +184,8 @@ class _Blocks:
             worst = int(self.positions.argmax())
             raise self._error(
                 int(block_of_token[worst]),
-                f"an example has {self.positions[worst] + 1} tokens, the model has positions for {limit}: lower "
+                f"an example has {self.positions[worst] + 1} tokens, the model has positions for {limit}: "
+                "lower "
                 "`chunksize`, and",
             )
 
@@ -131,7 +195,9 @@ class _Blocks:
 
     def _refuse_nodes(self, is_wrong: npt.NDArray[np.bool_], reason: str) -> None:
         if is_wrong.any():
-            raise self._error(int(np.repeat(np.arange(len(self.num_nodes)), self.num_nodes)[is_wrong.argmax()]), reason)
+            raise self._error(
+                int(np.repeat(np.arange(len(self.num_nodes)), self.num_nodes)[is_wrong.argmax()]), reason
+            )
 
     def _error(self, block: int, reason: str) -> DataError:
         return DataError(f"{self._key}, block {self._first + block}: {reason}. Run dataprep again.")
@@ -141,14 +207,16 @@ def _check_columns(dataset: Dataset, key: str) -> None:
     missing = [name for name in COLUMNS if name not in dataset.column_names]
     if missing:
         raise DataError(
-            f"{key}: no column {', '.join(missing)}; there are {', '.join(dataset.column_names)}. These are not blocks "
+            f"{key}: no column {', '.join(missing)}; there are {', '.join(dataset.column_names)}. These are "
+            "not blocks "
             "of dataprep: run it on the rows first, and name what it wrote."
         )
     for name in COLUMNS:
         inner = getattr(dataset.features[name], "feature", None)
         if not str(getattr(inner, "dtype", "")).startswith(("int", "uint")):
             raise DataError(
-                f"{key}: column `{name}` must hold lists of integers, it is {dataset.features[name]}. Write the blocks "
+                f"{key}: column `{name}` must hold lists of integers, it is {dataset.features[name]}. Write "
+                "the blocks "
                 "with `save_to_disk` or `to_parquet`: csv keeps no lists."
             )
     if len(dataset) == 0:
@@ -165,4 +233,5 @@ def _flat(column: pa.ChunkedArray) -> tuple[Ints, Ints]:
 
 
 def _starts(lengths: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.cumsum(lengths) - lengths
+    starts: npt.NDArray[Any] = np.cumsum(lengths) - lengths
+    return starts

@@ -106,7 +106,10 @@ def _save_weights(model: PreTrainedModel | PeftModel, folder: Path, base_model: 
     if isinstance(model, PeftModel):
         for config in model.peft_config.values():
             config.base_model_name_or_path = base_model  # not the cache folder that it was loaded from
-    model.save_pretrained(str(folder))
+        # False: we never resize embeddings, and to find that out peft would ask the hub for the base's config.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder))
 
 
 def _generation_config(

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 NODE_LENGTHS = [5, 7, 1, 6, 3, 4, 2]
 NODE_PARENTS = [-1, -1, -1, -1, 3, 3, 5]
 
-# Largest relative difference of a node's logits. A leak of one random example into another gives 0.3 and more on a
-# trained model; rounding gives 1e-6 (float32) and 0.01 to 0.04 (bfloat16).
+# Largest relative difference of a node's logits. A leak of one random example into another gives 0.3 and more
+# on a trained model; rounding gives 1e-6 (float32) and 0.01 to 0.04 (bfloat16).
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.15
 
@@ -28,8 +28,8 @@ LOW_PRECISION_TOLERANCE = 0.15
 def check_isolation(model: PreTrainedModel) -> float:
     """The largest relative logit difference between packed and separate examples: rounding, or ConfigError.
 
-    `model` uses our attention. The separate examples run through the model's own eager attention, so that the two
-    ways share no code. The random ids come from a generator of their own: the run's seed is not touched.
+    `model` uses our attention. The separate examples run through the model's own eager attention, so that the
+    two ways share no code. The random ids come from a generator of their own: the run's seed is not touched.
     """
     ids = _random_ids(model, sum(NODE_LENGTHS))
     was_training = model.training
@@ -44,15 +44,17 @@ def check_isolation(model: PreTrainedModel) -> float:
         model.train(was_training)
     difference = max(_relative_difference(a, b) for a, b in zip(packed, separate, strict=True))
     if not difference <= TOLERANCES.get(model.dtype, LOW_PRECISION_TOLERANCE):
-        raise _refusal(model, f"their logits differ from those of separate examples by {difference:.2g} (relative)")
+        raise _refusal(
+            model, f"their logits differ from those of separate examples by {difference:.2g} (relative)"
+        )
     return difference
 
 
 def keeps_examples_apart(model: PreTrainedModel, *, is_packed: bool) -> bool:
     """Whether batches may be flattened: the self-test passed.
 
-    A model that fails it is refused when a block holds several examples (`is_packed`); else it goes back to its own
-    attention and trains on padded batches.
+    A model that fails it is refused when a block holds several examples (`is_packed`); else it goes back to
+    its own attention and trains on padded batches.
     """
     try:
         difference = check_isolation(model)
@@ -77,10 +79,16 @@ def node_positions(node_lengths: Sequence[int], node_parents: Sequence[int]) -> 
     return positions
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many ids the model has an embedding for."""
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    return embeddings.num_embeddings
+
+
 def _random_ids(model: PreTrainedModel, num_tokens: int) -> Tensor:
-    weight = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(weight.shape[0], (num_tokens,), generator=generator).to(weight.device)
+    return torch.randint(vocabulary_size(model), (num_tokens,), generator=generator).to(model.device)
 
 
 def _packed_logits(model: PreTrainedModel, ids: Tensor) -> Sequence[Tensor]:
@@ -93,9 +101,11 @@ def _packed_logits(model: PreTrainedModel, ids: Tensor) -> Sequence[Tensor]:
             node_parents=NODE_PARENTS,
             use_cache=False,
         ).logits[0]
-    except (TypeError, ValueError) as error:  # a forward without these arguments, or one that does not hand them on
+    # a forward without these arguments, or one that does not hand them on
+    except (TypeError, ValueError) as error:
         raise _refusal(model, f"its forward fails on them: {error}") from error
-    return logits.float().split(NODE_LENGTHS)
+    nodes: Sequence[Tensor] = logits.float().split(NODE_LENGTHS)
+    return nodes
 
 
 def _separate_logits(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
@@ -115,6 +125,7 @@ def _relative_difference(packed: Tensor, separate: Tensor) -> float:
 
 def _refusal(model: PreTrainedModel, reason: str) -> ConfigError:
     return ConfigError(
-        f"base_model: `{model.config.model_type}` ({type(model).__name__}) does not keep packed examples apart: "
+        f"base_model: `{model.config.model_type}` ({type(model).__name__}) does not keep packed examples "
+        "apart: "
         f"{reason}. Prepare the data with `pack: false` in dataprep.yaml, or choose another base model."
     )

@@ -1,7 +1,7 @@
 """Token losses of a batch: logits only where there is a label, cross entropy in float32.
 
-    tokens      a  b  c | d  e         labels    -100 b c | -100 e
-    predictor      a  b      d         of a label: the token before it, which is always of the same node
+tokens      a  b  c | d  e         labels    -100 b c | -100 e
+predictor      a  b      d         of a label: the token before it, which is always of the same node
 """
 
 import inspect
@@ -19,10 +19,12 @@ NOT_FOR_THE_MODEL = ("labels", "num_block_labels")
 def token_losses(
     model: nn.Module, batch: Batch, *, has_logits_to_keep: bool, label_smoothing: float = 0.0
 ) -> Tensor:
-    """The cross entropy of each trained token, float32 (labels,), in the order of the batch; it has a gradient.
+    """The cross entropy of each trained token, float32 (labels,), in the order of the batch; it has a
+    gradient.
 
     A batch of no labels gives an empty tensor whose sum is a zero with a gradient, as ranks in step need it.
-    `has_logits_to_keep` (see there): the model computes only the logits asked for; else they are selected afterwards.
+    `has_logits_to_keep` (see there): the model computes only the logits asked for; else they are selected
+    afterwards.
     """
     inputs = {name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL}
     is_trained = batch["labels"][:, 1:] != IGNORE_INDEX
@@ -41,6 +43,7 @@ def sums_by_block(losses: Tensor, num_block_labels: Tensor) -> Tensor:
 
 
 def has_logits_to_keep(model: Any) -> bool:
-    """Whether the forward of the model (that inside an adapter) takes the positions whose logits are wanted."""
+    """Whether the forward of the model (that inside an adapter) takes the positions whose logits are
+    wanted."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

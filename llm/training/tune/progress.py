@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llm.terminal import console as terminal
+from llm.terminal import print_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What a run did. Losses are None when nothing was logged; rates count all ranks and leave evaluation out."""
+    """What a run did. Losses are None when nothing was logged; rates count all ranks and leave evaluation
+    out."""
 
     steps: int
     first_loss: float | None
@@ -35,8 +38,8 @@ class ProgressCallback(TrainerCallback):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        """`console`: where to write, by default stderr."""
-        self._console = console or Console(stderr=True)
+        """`console`: where to write, by default standard error."""
+        self._console = console or terminal
         self._bar: Progress | None = None
         self._task: Any = None
         self._started, self._first_step = 0.0, 0
@@ -88,8 +91,8 @@ class ProgressCallback(TrainerCallback):
         if self._bar:
             self._bar.update(self._task, facts=facts)
         else:
-            step = f"step {state.global_step}/{state.max_steps}"
-            self._console.print(f"{step}  {facts}  {self._remaining(state)}", highlight=False, soft_wrap=True)
+            remaining = "" if "eval_loss" in (logs or {}) else self._remaining(state)
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {facts}  {remaining}".rstrip())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -104,7 +107,7 @@ class ProgressCallback(TrainerCallback):
 
     def _remaining(self, state: TrainerState) -> str:
         done = state.global_step - self._first_step
-        if done <= 0:
+        if done <= 0 or done == state.max_steps:
             return ""
         seconds = (time.perf_counter() - self._started) / done * (state.max_steps - state.global_step)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
@@ -119,7 +122,8 @@ def format_facts(logs: dict[str, float]) -> str:
 
 
 def summarize(state: TrainerState, *, throughput: tuple[int, int, float], result: str) -> RunSummary:
-    """The summary of a run that ended; `throughput`: tokens, trained tokens, seconds (`BlockTrainer.throughput`)."""
+    """The summary of a run that ended; `throughput`: tokens, trained tokens, seconds
+    (`BlockTrainer.throughput`)."""
     losses = [log["loss"] for log in state.log_history if "loss" in log]
     eval_losses = [log["eval_loss"] for log in state.log_history if "eval_loss" in log]
     tokens, trained_tokens, seconds = throughput
@@ -135,9 +139,8 @@ def summarize(state: TrainerState, *, throughput: tuple[int, int, float], result
     )
 
 
-def print_summary(summary: RunSummary, console: Console | None = None) -> None:
-    """The table at the end of a run, on stdout."""
-    table = Table(show_header=False, title="Training")
+def print_summary(summary: RunSummary) -> None:
+    """The table at the end of a run."""
     rows = {
         "steps": f"{summary.steps:,}",
         "loss, first and last logged": f"{_loss(summary.first_loss)}  {_loss(summary.last_loss)}",
@@ -147,9 +150,7 @@ def print_summary(summary: RunSummary, console: Console | None = None) -> None:
         "peak memory": f"{summary.peak_memory_bytes / 2**30:.2f} GiB",
         "result": summary.result,
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    (console or Console()).print(table)
+    print_table("Training", rows.items())
 
 
 def peak_memory_bytes() -> int:

@@ -9,8 +9,8 @@ from transformers import BitsAndBytesConfig
 from llm.errors import ConfigError, MissingExtraError
 from llm.training.config import DTYPES, FinetuneConfig
 
-# nf4 with double quantization and bfloat16 compute: the QLoRA recipe (https://arxiv.org/abs/2305.14314). The library's
-# own defaults are fp4 and float32.
+# nf4 with double quantization and bfloat16 compute: the QLoRA recipe (https://arxiv.org/abs/2305.14314). The
+# library's own defaults are fp4 and float32.
 FOUR_BIT_DEFAULTS: dict[str, Any] = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
@@ -22,8 +22,8 @@ FOUR_BIT_DEFAULTS: dict[str, Any] = {
 def quantization_config(config: FinetuneConfig) -> BitsAndBytesConfig | None:
     """How to quantize the base weights; None when they are loaded as they are, as for plain LoRA.
 
-    `quantization_config` of the YAML is laid over the defaults of 4 bits (also when it names neither 4 nor 8).
-    Raises MissingExtraError without bitsandbytes, ConfigError for what it does not take.
+    `quantization_config` of the YAML is laid over the defaults of 4 bits (also when it names neither 4 nor
+    8). Raises MissingExtraError without bitsandbytes, ConfigError for what it does not take.
     """
     if not config.is_quantized:
         return None
@@ -37,7 +37,9 @@ def quantization_config(config: FinetuneConfig) -> BitsAndBytesConfig | None:
     try:
         return BitsAndBytesConfig(**settings)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"quantization_config: BitsAndBytesConfig does not take {settings}: {error}") from error
+        raise ConfigError(
+            f"quantization_config: BitsAndBytesConfig does not take {settings}: {error}"
+        ) from error
 
 
 def _settings(config: FinetuneConfig) -> dict[str, Any]:
@@ -50,5 +52,7 @@ def _settings(config: FinetuneConfig) -> dict[str, Any]:
 def _dtype(key: str, value: Any) -> torch.dtype:
     name = DTYPES.get(str(value), "")
     if name in ("", "auto"):
-        raise ConfigError(f"quantization_config.{key}: no dtype `{value}`. Write bfloat16, float16 or float32.")
+        raise ConfigError(
+            f"quantization_config.{key}: no dtype `{value}`. Write bfloat16, float16 or float32."
+        )
     return getattr(torch, name)  # type: ignore[no-any-return]

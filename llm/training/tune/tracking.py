@@ -1,7 +1,7 @@
 """Where a run is logged: which trackers, and their settings from `experiment_tracking_config`.
 
-A tracker's settings become `TrainingArguments` where these have them, else the environment variables that its library
-reads. A variable that is already set wins; passwords and API keys belong there, never in YAML.
+A tracker's settings become `TrainingArguments` where these have them, else the environment variables that its
+library reads. A variable that is already set wins; passwords and API keys belong there, never in YAML.
 """
 
 import os
@@ -15,7 +15,8 @@ from llm.training.config import FinetuneConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Tracker:
-    """`package`: the module it needs; YAML setting -> environment variable, or -> field of `TrainingArguments`."""
+    """`package`: the module it needs; YAML setting -> environment variable, or -> field of
+    `TrainingArguments`."""
 
     package: str
     variables: dict[str, str] = field(default_factory=dict)
@@ -56,14 +57,15 @@ TRACKERS = {
         arguments={"name": "run_name"},
     ),
     "trackio": Tracker(
-        package="trackio", arguments={"project": "project", "name": "run_name", "space_id": "trackio_space_id"}
+        package="trackio",
+        arguments={"project": "project", "name": "run_name", "space_id": "trackio_space_id"},
     ),
 }
 
 
 def resolve_report_to(config: FinetuneConfig) -> list[str]:
-    """The trackers of a run, checked to be installed: `report_to`, else that of `experiment_tracking_config`, else
-    TensorBoard when it is installed, else none.
+    """The trackers of a run, checked to be installed: `report_to`, else that of `experiment_tracking_config`,
+    else TensorBoard when it is installed, else none.
     """
     asked = config.report_to
     if asked is None and config.experiment_tracking_config is not None:
@@ -78,7 +80,8 @@ def resolve_report_to(config: FinetuneConfig) -> list[str]:
 
 
 def tracking_arguments(config: FinetuneConfig) -> dict[str, Any]:
-    """The `TrainingArguments` of `experiment_tracking_config`, such as `run_name`; sets its environment variables.
+    """The `TrainingArguments` of `experiment_tracking_config`, such as `run_name`; sets its environment
+    variables.
 
     ConfigError for a setting that the tracker does not know.
     """
@@ -97,7 +100,8 @@ def tracking_arguments(config: FinetuneConfig) -> dict[str, Any]:
         else:
             raise ConfigError(
                 f"experiment_tracking_config.kwargs: `{tracking.method}` takes no `{name}` here. "
-                f"{did_you_mean(name, {*tracker.variables, *tracker.arguments})} Everything else, each key and password "
+                f"{did_you_mean(name, {*tracker.variables, *tracker.arguments})} Everything else, each key "
+                "and password "
                 "too, is set by the tracker's environment variables."
             )
     return arguments
@@ -108,5 +112,6 @@ def _check_tracker(name: str, *, key: str) -> None:
         raise ConfigError(f"{key}: no tracker `{name}`. {did_you_mean(name, TRACKERS)}")
     if find_spec(TRACKERS[name].package) is None:
         raise MissingExtraError(
-            f"{key}: `{name}` is not installed: pip install {TRACKERS[name].package}. `report_to: none` trains without."
+            f"{key}: `{name}` is not installed: pip install {TRACKERS[name].package}. `report_to: none` "
+            "trains without."
         )

@@ -1,10 +1,11 @@
-"""The training loop: Hugging Face `Trainer` with our loss, exact over accumulation, ranks and eval batch sizes.
+"""The training loop: Hugging Face `Trainer` with a loss that no split into batches or ranks changes.
 
 Stage 7 of the road. Takes a model and checked blocks; what the Trainer does beyond the loss is the Trainer's.
 """
 
 import logging
 import time
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ logger = logging.getLogger(__name__)
 class BlockTrainer(Trainer):
     """A `Trainer` of blocks.
 
-    Training loss: sum of token losses / trained tokens of the whole step, over accumulation and ranks. Evaluation
-    loss: sum over the whole set / its trained tokens. `is_flat`: batches are flattened (`keeps_examples_apart`).
+    Training loss: sum of token losses / trained tokens of the whole step, over accumulation and ranks.
+    Evaluation loss: sum over the whole set / its trained tokens. `is_flat`: batches are flattened
+    (`keeps_examples_apart`).
     """
 
     loss_is_scaled_for_ga = True
@@ -46,7 +48,8 @@ class BlockTrainer(Trainer):
         if args.n_gpu > 1:
             raise ConfigError(
                 f"This process sees {args.n_gpu} GPUs and would cut blocks in pieces. Start one process a GPU: "
-                f"torchrun --nproc-per-node {args.n_gpu} llm/training/finetune.py ..., or set CUDA_VISIBLE_DEVICES=0."
+                f"torchrun --nproc-per-node {args.n_gpu} llm/training/finetune.py config.yaml, or show it one "
+                "by CUDA_VISIBLE_DEVICES=0."
             )
         super().__init__(
             model=model,
@@ -57,7 +60,8 @@ class BlockTrainer(Trainer):
             **kwargs,
         )
         self.remove_callback(PrinterCallback)  # prints raw dictionaries; `progress.py` shows what it would
-        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the trained tokens of the whole step
+        # so that the Trainer counts the trained tokens of the whole step
+        self.model_accepts_loss_kwargs = True
         self._has_logits_to_keep = has_logits_to_keep(model)
         self.throughput: tuple[int, int, float] = (0, 0, 0.0)
         """Tokens and trained tokens computed on all ranks, and the seconds it took without evaluation."""
@@ -89,7 +93,11 @@ class BlockTrainer(Trainer):
         return share
 
     def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[None, None, None]:
         """Adds the sums and counts of the blocks to those of the evaluation."""
         inputs = self._prepare_inputs(inputs)
@@ -135,8 +143,8 @@ class BlockTrainer(Trainer):
 def training_arguments(config: FinetuneConfig) -> TrainingArguments:
     """The Trainer's arguments: our defaults, over them the user's; ConfigError with the library's text.
 
-    Autocast follows `torch_dtype`. `save_total_limit` is None: `CheckpointCallback` rotates, after the new checkpoint
-    is whole; `merged_arguments` has the number.
+    Autocast follows `torch_dtype`. `save_total_limit` is None: `CheckpointCallback` rotates, after the new
+    checkpoint is whole; `merged_arguments` has the number.
     """
     precision = resolve_precision(config)
     given = config.training_arguments
@@ -157,7 +165,9 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
             "bf16": precision.autocast is torch.bfloat16,
             "fp16": precision.autocast is torch.float16,
         }
-    arguments = tracking_arguments(config) | merged_arguments(config) | autocast | ours | {"save_total_limit": None}
+    arguments = (
+        tracking_arguments(config) | merged_arguments(config) | autocast | ours | {"save_total_limit": None}
+    )
     try:
         return TrainingArguments(**arguments)
     except (TypeError, ValueError, ImportError) as error:
@@ -172,7 +182,21 @@ def merged_arguments(config: FinetuneConfig) -> dict[str, Any]:
         is_lora=config.lora_config is not None,
         is_cuda=is_cuda,
     )
-    return defaults | config.training_arguments
+    if not torch.accelerator.is_available():
+        # Else bfloat16 autocast is refused, and PyTorch warns of pinned memory.
+        defaults |= {"use_cpu": True, "dataloader_pin_memory": False}
+    return _current_names(defaults) | _current_names(config.training_arguments)
+
+
+def _current_names(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`gradient_checkpointing` under the name of transformers 5.23, which warns of the old one even where it
+    is off.
+
+    Delete with transformers 5.22.
+    """
+    known = {field.name for field in fields(TrainingArguments)}
+    renamed = {name: name.replace("gradient_checkpointing", "activation_checkpointing") for name in arguments}
+    return {renamed[name] if renamed[name] in known else name: value for name, value in arguments.items()}
 
 
 def _arrays(dataset: Dataset) -> Dataset:

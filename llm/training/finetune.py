@@ -1,0 +1,72 @@
+"""Packed blocks -> adapter or full model, checkpoints, `final_output`.
+
+python llm/training/finetune.py config.yaml
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file: Python put this folder first, where our names would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import typer
+
+from llm.model_registry import find_model
+from llm.training.config import FinetuneConfig
+from llm.training.tune.adapter import add_adapter
+from llm.training.tune.base_model import load_base_model, load_tokenizer
+from llm.training.tune.data_check import check_data, load_blocks
+from llm.training.tune.export import export_model
+from llm.training.tune.isolation import keeps_examples_apart
+from llm.training.tune.output_sync import OutputSync
+from llm.training.tune.progress import RunSummary, print_summary, summarize
+from llm.training.tune.resume import find_checkpoint
+from llm.training.tune.run import run_training
+from llm.training.tune.trainer import BlockTrainer, merged_arguments, training_arguments
+
+
+def finetune(config: FinetuneConfig) -> RunSummary:
+    """What the run that `config` asks for did; its result is `local_output/final_output`.
+
+    What can be wrong is checked before the first step: ConfigError, DataError, CheckpointError. A signal ends
+    the run with a checkpoint, without `final_output`, by SystemExit (143 for SIGTERM, 130 for Ctrl-C).
+    """
+    arguments = training_arguments(config)
+    run = {"config": config.model_dump(mode="json"), "world_size": arguments.world_size}
+    tokenizer = load_tokenizer(config.base_model)
+    blocks = load_blocks(config, tokenizer)
+    output_paths = config.additional_output_paths if arguments.should_save else []  # rank 0 copies
+    with OutputSync(config.local_output, output_paths) as mirror:
+        mirror.probe()
+        checkpoint = find_checkpoint(config, mirror)
+        model = load_base_model(config)
+        is_flat = keeps_examples_apart(model, is_packed=check_data(blocks, model))
+        adapted = add_adapter(model, config.lora_config, find_model(config.base_model).lora_config)
+        trainer = BlockTrainer(
+            adapted, arguments, train_dataset=blocks.train, eval_dataset=blocks.evaluation, is_flat=is_flat
+        )
+        limit = merged_arguments(config)["save_total_limit"]
+        signals = run_training(trainer, adapted, checkpoint, mirror=mirror, save_total_limit=limit, run=run)
+        result = signals.message
+        if not signals.interrupted and arguments.should_save:
+            result = export_model(
+                adapted,
+                tokenizer,
+                blocks.manifest,
+                local_output=config.local_output,
+                base_model=config.base_model,
+                run=run,
+            )
+    summary = summarize(trainer.state, throughput=trainer.throughput, result=result)
+    if arguments.should_save:
+        print_summary(summary)
+    trainer.end()  # type: ignore[no-untyped-call]
+    if signals.interrupted:
+        raise SystemExit(signals.exit_code)
+    return summary
+
+
+if __name__ == "__main__":
+    from llm.cli import finetune as command
+
+    typer.run(command)

@@ -1,0 +1,48 @@
+"""One run of the trainer: resumed, watched, saved, and evaluated at its end. Stage 7 of the road."""
+
+import os
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerState
+
+from llm.training.tune.checkpoints import CheckpointCallback
+from llm.training.tune.output_sync import OutputSync
+from llm.training.tune.progress import ProgressCallback
+from llm.training.tune.resume import is_at_end, load_weights
+from llm.training.tune.signals import SignalCallback
+from llm.training.tune.trainer import BlockTrainer
+
+
+def run_training(
+    trainer: BlockTrainer,
+    model: PreTrainedModel | PeftModel,
+    checkpoint: str | None,
+    *,
+    mirror: OutputSync,
+    save_total_limit: int | None,
+    run: dict[str, Any],
+) -> SignalCallback:
+    """Trains `model` from `checkpoint` (None: from the start) to the end, and evaluates; tells whether a signal ended
+    it.
+
+    `run` is what each checkpoint records of the run. When `checkpoint` is the last one, only its weights are
+    loaded.
+    """
+    signals, progress = SignalCallback(), ProgressCallback()
+    checkpoints = CheckpointCallback(save_total_limit=save_total_limit, run=run, mirror=mirror)
+    for callback in (progress, signals, checkpoints):  # the last one sees what the others ask for
+        trainer.add_callback(callback)
+    with signals, progress, checkpoints.clear_failed_save():
+        if checkpoint is not None and is_at_end(trainer, checkpoint):
+            load_weights(model, checkpoint)
+            trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if not signals.interrupted and trainer.eval_dataset is not None and not _is_evaluated(trainer.state):
+            trainer.evaluate()
+    return signals
+
+
+def _is_evaluated(state: TrainerState) -> bool:
+    return any("eval_loss" in log and log["step"] == state.global_step for log in state.log_history)
