@@ -4,7 +4,7 @@
     python examples/quickstart/make_rows.py
 
 One row asks for the date of a holiday and brings two calendar sources as contexts: the right one,
-and a distractor that often has the same holiday on another date (another country or another year).
+and a distractor, nearly always the same holiday on another date (another country or another year).
 The response is one JSON object. Countries of one file never occur in another, not even as
 distractors. The files are shipped, so that nobody has to run this; the same `holidays` version
 writes the same bytes.

@@ -18,8 +18,8 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import BaseResolver
 
 from llm.errors import ConfigError
-from llm.training.config_problem import Place, Problem, describe, problem_text
-from llm.training.config_secrets import KeyPath
+from llm.training.config_file.problem import Place, Problem, describe, problem_text
+from llm.training.config_file.secret import KeyPath
 
 MAX_FILE_BYTES = 1_000_000
 MAX_VALUES = 100_000  # an alias counts each time it is used: nine lines of aliases can hold a billion values

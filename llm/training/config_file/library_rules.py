@@ -7,6 +7,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+from llm.training.config import DTYPES
+
 # Names of older versions and of neighbouring tools: what to write today.
 RENAMED = {
     "training_arguments": {
@@ -70,7 +72,7 @@ SET_ELSEWHERE = {
 }
 
 # Values that the sources only know as text: of bitsandbytes, and what this program trains.
-_DTYPES = ("bfloat16", "float16", "float32")
+_DTYPES = tuple(name for name in DTYPES if name != "auto")
 CHOICES = {
     "bnb_4bit_compute_dtype": _DTYPES,
     "bnb_4bit_quant_storage": ("uint8", "int8", *_DTYPES),

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from llm.errors import MissingExtraError
-from llm.training import library_keys
+from llm.training.config_file import library_keys
 from llm.training.config import default_training_arguments
-from llm.training.library_keys import keys_of, problems_of
-from llm.training.library_rules import CHOICES, LIMITS, RENAMED, SET_ELSEWHERE
+from llm.training.config_file.library_keys import keys_of, problems_of
+from llm.training.config_file.library_rules import CHOICES, LIMITS, RENAMED, SET_ELSEWHERE
 
 
 def problem(section: str, **values: Any) -> str:
@@ -143,7 +143,7 @@ def test_problems_of_unknown_training_argument_say_todays_name(name: str, advice
         ("quantization_config", "quant_type", "nf4", "It is called `bnb_4bit_quant_type`."),
         ("quantization_config", "bnb_4bit_quant_typ", "nf4", "Did you mean `bnb_4bit_quant_type`?"),
         ("quantization_config", "bnb_4bit_quant_type", "nf5", "Did you mean `nf4`?"),
-        ("quantization_config", "bnb_4bit_compute_dtype", "bf16", "Did you mean `bfloat16`?"),
+        ("quantization_config", "bnb_4bit_compute_dtype", "bfloat15", "Did you mean `bfloat16`?"),
         ("quantization_config", "load_in_4bit", "true", "Write true without quotes."),
     ],
 )

@@ -5,7 +5,7 @@ from pydantic import BaseModel, Field
 
 from llm.errors import ConfigError
 from llm.training.config import DataPrepConfig, FinetuneConfig, MethodConfig
-from llm.training.key_table import SCHEMAS, key_table, with_key_tables
+from llm.training.config_file.key_table import SCHEMAS, key_table, with_key_tables
 
 
 class Small(BaseModel):

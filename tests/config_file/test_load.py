@@ -383,10 +383,10 @@ def test_load_config_bad_file_imports_nothing_heavy(tmp_path: Path) -> None:
     path = write(tmp_path, FINETUNE + "lora_config: {r: 0}\ntraining_arguments: {bf16: 1}\n")
     code = f"""
 import sys
-import llm.training.config, llm.training.library_keys, llm.training.config_file as config_file
+import llm.errors, llm.training.config, llm.training.config_file.library_keys, llm.training.config_file as config_file
 try:
     config_file.load_config({path!r}, llm.training.config.FinetuneConfig)
-except config_file.ConfigError:
+except llm.errors.ConfigError:
     print([name for name in ("torch", "transformers", "datasets", "peft") if name in sys.modules])
 """
     run = subprocess.run(

@@ -1,19 +1,19 @@
 """A YAML file -> a checked config, or one ConfigError that holds every problem of the file.
 
 Takes a path, a schema of `config.py` and the command line's `--set`; gives the config. The file is read by
-`yaml_text.py`, the schema is checked by `schema_problems.py`, the library sections by `library_keys.py`.
+`yaml_text.py`, the schema is checked by `schema.py`, the library sections by `library_keys.py`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from llm.errors import ConfigError
-from llm.training import library_keys
+from llm.training.config_file import library_keys
 from llm.training.config import DataPrepConfig, FinetuneConfig, default_training_arguments
-from llm.training.config_problem import Place, Problem, problem_text
-from llm.training.config_secrets import mask_line, secret_problems
-from llm.training.schema_problems import validate
-from llm.training.yaml_text import Document, parse_yaml, read_yaml
+from llm.training.config_file.problem import Place, Problem, problem_text
+from llm.training.config_file.secret import mask_line, secret_problems
+from llm.training.config_file.schema import validate
+from llm.training.config_file.yaml_text import Document, parse_yaml, read_yaml
 
 ConfigT = TypeVar("ConfigT", DataPrepConfig, FinetuneConfig)
 

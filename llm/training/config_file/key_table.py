@@ -1,6 +1,6 @@
 """The tables of keys in `llm/training/README.md`, made from the schemas of `config.py`.
 
-`python -m llm.training.key_table` writes each anew, between `<!-- keys: DataPrepConfig -->` and
+`python -m llm.training.config_file.key_table` writes each anew, between `<!-- keys: DataPrepConfig -->` and
 `<!-- end keys -->`.
 """
 
