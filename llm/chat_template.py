@@ -1,10 +1,10 @@
 """`ChatTemplateFormat`: any tokenizer's own chat template as a prompt format.
 
-The default for a base model that the registry does not know but whose tokenizer has a template. The response is what
-the template puts behind the prompt, up to its last control token.
+The default for a base model that the registry does not know but whose tokenizer has a template. The response is
+what the template puts behind the prompt, up to the control token that ends it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -15,9 +15,10 @@ from llm.prompt_format import (
     Conversation,
     FormatTokenizer,
     Segment,
-    last_control_token,
     merge_segments,
 )
+
+_PROBE = "probe-8d7f"  # a text that no template holds
 
 
 class ChatTokenizer(FormatTokenizer, Protocol):
@@ -39,38 +40,46 @@ class ChatTemplateFormat:
     content_separator: str = "\n"
     """Between contexts and input, and behind a system message that the template has no role for."""
     stop: str = ""
-    """The control token that ends a trained response; empty: the last one that the template puts behind it."""
-    has_system_role: bool = True
+    """The control token that ends a trained response; empty: the first that the template puts behind it."""
+    has_system_role: bool | None = None
+    """Whether the template takes a system message, else it stands before the first input; None: found out."""
     _tokenizer: ChatTokenizer | None = field(default=None, repr=False, compare=False)
+    _lead: str = field(default="", repr=False, compare=False)
 
     def for_tokenizer(self, tokenizer: ChatTokenizer) -> Self:
-        """This format bound to `tokenizer`; ConfigError when it has no template or one that cannot be trained."""
+        """This format bound to `tokenizer`; ConfigError when it has no template or no trainable one."""
         if tokenizer.chat_template is None:
             raise ConfigError(
-                "prompt_format_config: ChatTemplateFormat needs a tokenizer with a chat template; this one has none. "
-                "Use PlainFormat, or the format that the model was trained with."
+                "prompt_format_config: ChatTemplateFormat needs a tokenizer with a chat template; this one has "
+                "none. Use PlainFormat, or the format that the model was trained with."
             )
-        bound = replace(self, _tokenizer=tokenizer, has_system_role=_has_system_role(tokenizer))
-        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        bound = replace(self, _tokenizer=tokenizer)
+        if self.has_system_role is None:
+            bound = replace(bound, has_system_role=bound._shows_system())
+        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}
         try:
-            behind = _behind(
-                bound._render([question], is_open=True), bound._render([question, answer], is_open=False)
-            )
+            behind = _behind(bound._render([question], is_open=True), bound._render([question, answer], is_open=False))
         except DataError as error:
             raise ConfigError(str(error)) from error
-        stop = self.stop or last_control_token(behind, tokenizer.control_tokens) or tokenizer.eos_token or ""
+        lead, _, ending = behind.partition(_PROBE)
+        stop = self.stop or _first_control_token(ending, tokenizer.control_tokens)
+        stop = stop or tokenizer.eos_token or ""
         if not stop:
             raise ConfigError(
-                "ChatTemplateFormat: the template ends no response with a control token, and the tokenizer has no EOS: "
-                "the model would never learn to stop."
+                "ChatTemplateFormat: the template ends no response with a control token, and the tokenizer has "
+                "no EOS: the model would never learn to stop."
             )
-        return replace(bound, stop=stop)
+        return replace(bound, stop=stop, _lead=lead)
 
     @property
     def base_template(self) -> str:
         """The tokenizer's own chat template."""
-        assert self._tokenizer is not None and self._tokenizer.chat_template is not None, "for_tokenizer comes first"
+        assert self._tokenizer and self._tokenizer.chat_template is not None, "for_tokenizer comes first"
         return self._tokenizer.chat_template
+
+    def opening(self, response_head: str) -> str:
+        """What the prompt has behind the open template: `response_head` as it is rendered there, or nothing."""
+        return (self._lead + response_head).rstrip(" ") if response_head else ""
 
     def segments(self, conversation: Conversation) -> list[Segment]:
         """The rendered conversation; DataError when the template rewrites what it rendered before."""
@@ -82,7 +91,7 @@ class ChatTemplateFormat:
             content = self.content_separator.join([*filter(None, [system]), *turn.contexts, turn.input])
             messages.append({"role": "user", "content": content})
             if not turn.is_example:
-                prompt = self._render(messages, is_open=True) + turn.response_head.rstrip(" ")
+                prompt = self._render(messages, is_open=True) + self.opening(turn.response_head)
                 pieces.append(Segment(_behind(done, prompt), False))
                 done = prompt
             if turn.response is not None:
@@ -106,15 +115,22 @@ class ChatTemplateFormat:
 
     def _render(self, messages: list[dict[str, str]], *, is_open: bool) -> str:
         assert self._tokenizer is not None, "for_tokenizer comes first"
-        return self._tokenizer.render_chat(messages, is_open=is_open, **self.template_kwargs)
+        try:
+            return self._tokenizer.render_chat(messages, is_open=is_open, **self.template_kwargs)
+        except TemplateError as error:
+            raise DataError(f"ChatTemplateFormat: the template refuses the conversation: {error}") from error
+
+    def _shows_system(self) -> bool:
+        messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "a"}]
+        try:
+            return _PROBE in self._render(messages, is_open=True)  # Phi-3's first template leaves it out
+        except DataError:  # Gemma's refuses it
+            return False
 
 
-def _has_system_role(tokenizer: ChatTokenizer) -> bool:
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    try:
-        return "s" in tokenizer.render_chat(messages, is_open=True)
-    except TemplateError:  # how templates without the role refuse it, e.g. Gemma's
-        return False
+def _first_control_token(text: str, control_tokens: Iterable[str]) -> str:
+    found = [(text.find(token), -len(token), token) for token in control_tokens if token in text]
+    return min(found)[2] if found else ""
 
 
 def _behind(start: str, whole: str) -> str:
@@ -122,9 +138,10 @@ def _behind(start: str, whole: str) -> str:
         return whole[len(start) :]
     pairs = enumerate(zip(start, whole, strict=False))
     place = next((n for n, (a, b) in pairs if a != b), min(len(start), len(whole)))
+    near = slice(max(0, place - 20), place + 20)
     raise DataError(
-        "ChatTemplateFormat: the chat template renders the prompt differently once the answer follows, so what is "
-        f"trained would not be what is served. First difference at character {place}: prompt "
-        f"{start[place - 20 : place + 20]!r}, whole {whole[place - 20 : place + 20]!r}. Train the last turn only, set "
+        "ChatTemplateFormat: the chat template renders the prompt differently once the answer follows, so what "
+        f"is trained would not be what is served. First difference at character {place}: prompt "
+        f"{start[near]!r}, whole {whole[near]!r}. Train the last turn only, set "
         "prompt_format_config.kwargs.template_kwargs (e.g. enable_thinking: false), or use a named format."
     )

@@ -16,9 +16,7 @@ from llm.errors import LlmTrainError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
 
-ConfigPath = Annotated[
-    str, typer.Argument(metavar="CONFIG.YAML", help="What to do: see llm/training/README.md.")
-]
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.YAML", help="What to do: see llm/training/README.md.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training_arguments.max_steps=10."),

@@ -1,6 +1,7 @@
 """What is known of a base model by its name: prompt format, maximum length, LoRA defaults.
 
-A model that is not listed is tuned all the same: with its tokenizer's own chat template if it has one, else as plain text.
+A model that is not listed is tuned all the same: with its tokenizer's own chat template if it has one, else as plain
+text.
 """
 
 import re
@@ -22,7 +23,7 @@ LORA_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class KnownModel:
-    """`prompt_format`: a name of `PROMPT_FORMATS`, None = by the tokenizer; `max_length`: tokens, None = unknown."""
+    """`prompt_format`: of `PROMPT_FORMATS`, None = by the tokenizer; `max_length`: tokens, None = unknown."""
 
     prompt_format: str | None = None
     max_length: int | None = None
@@ -34,15 +35,18 @@ _MODELS: tuple[tuple[str, KnownModel], ...] = (
     (r"smollm2-.*instruct", KnownModel(prompt_format="SmolLM2Format", max_length=8192)),
     (r"llama-2-7b-32k-instruct", KnownModel(prompt_format="TogetherLlama2Format", max_length=32768)),
     (r"llama-2-.*chat.*", KnownModel(prompt_format="Llama2Format", max_length=4096)),
+    (r"llama-2-7b-32k", KnownModel(prompt_format="PlainFormat", max_length=32768)),
     (r"llama-2-.*", KnownModel(prompt_format="PlainFormat", max_length=4096)),
     (r"meta-llama-3-.*instruct", KnownModel(prompt_format="Llama3Format", max_length=8192)),
     (r"meta-llama-3-.*", KnownModel(prompt_format="PlainFormat", max_length=8192)),
-    (r"vicuna-.*", KnownModel(prompt_format="VicunaFormat", max_length=4096)),
+    (r"vicuna-.*-v1\.5", KnownModel(prompt_format="VicunaFormat", max_length=4096)),
+    (r"vicuna-.*-v1\.5-16k", KnownModel(prompt_format="VicunaFormat", max_length=16384)),
+    (r"vicuna-.*-v1\.[13]", KnownModel(prompt_format="VicunaFormat", max_length=2048)),
     (r"mistral-7b-instruct-v0\.[12]", KnownModel(prompt_format="MistralV1Format", max_length=32768)),
     (r"mistral-7b-instruct-v0\.3", KnownModel(prompt_format="MistralFormat", max_length=32768)),
-    (r"zephyr-7b-.*", KnownModel(prompt_format="ZephyrFormat", max_length=32768)),
-    (r"qwen2\.5-.*instruct", KnownModel(prompt_format="QwenFormat", max_length=32768)),
-    (r"gemma(-1\.1|-2)?-.*-it", KnownModel(prompt_format="GemmaFormat", max_length=8192)),
+    (r"zephyr-7b-(alpha|beta)", KnownModel(prompt_format="ZephyrFormat", max_length=32768)),
+    (r"qwen2\.5-(coder-)?[\d.]+b-instruct", KnownModel(prompt_format="QwenFormat", max_length=32768)),
+    (r"gemma(-1\.1|-2)?-\d+b-it", KnownModel(prompt_format="GemmaFormat", max_length=8192)),
     (r"phi-3-mini-4k-instruct", KnownModel(prompt_format="PhiFormat", max_length=4096)),
     (r"redpajama-incite-.*chat.*", KnownModel(prompt_format="RedpajamaFormat", max_length=2048)),
     (r"dolly-v[12]-.*", KnownModel(prompt_format="DollyFormat", max_length=2048)),
@@ -50,7 +54,7 @@ _MODELS: tuple[tuple[str, KnownModel], ...] = (
 
 
 def find_model(base_model: str) -> KnownModel:
-    """What is known of `base_model` (hub id or folder); an empty `KnownModel` with the LoRA defaults otherwise."""
+    """What is known of `base_model` (hub id or folder); else an empty `KnownModel` with the LoRA defaults."""
     name = base_model.rstrip("/").rsplit("/", 1)[-1].lower()
     matches = (known for pattern, known in _MODELS if re.fullmatch(pattern, name))
     return next(matches, KnownModel())

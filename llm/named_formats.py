@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from llm.prompt_format import PromptFormat, Role
 
 
+def _verbatim(prefix: str = "", suffix: str = "") -> Role:
+    """A role whose text the published template leaves as it is."""
+    return Role(prefix, suffix, strip_text=False)
+
+
 @dataclass(frozen=True)
 class PlainFormat(PromptFormat):
     """No marks at all: for base models and prompts whose templates say who speaks."""
@@ -33,8 +38,9 @@ class RedpajamaFormat(PromptFormat):
 class VicunaFormat(PromptFormat):
     """lm-sys/FastChat `fastchat/conversation.py`, template vicuna_v1.1 (its BOS comes from the tokenizer)."""
 
-    input: Role = Role("USER: ")
-    response: Role = Role("ASSISTANT: ")
+    input: Role = _verbatim("USER: ")
+    response: Role = _verbatim("ASSISTANT: ")
+    system: Role = _verbatim()
     role_separator: str = " "
     turn_separator: str | None = ""
     BOS: str = "<s>"
@@ -50,7 +56,7 @@ class Llama2Format(PromptFormat):
     """meta-llama/llama `llama/generation.py` (chat_completion): every round is a sequence of its own."""
 
     input: Role = Role("[INST] ", " [/INST]")
-    system: Role = Role("<<SYS>>\n", "\n<</SYS>>\n")
+    system: Role = _verbatim("<<SYS>>\n", "\n<</SYS>>\n")
     response: Role = Role(" ", " ")
     nested_system: bool = True
     role_separator: str = ""
@@ -81,10 +87,15 @@ class Llama3Format(PromptFormat):
 
 @dataclass(frozen=True)
 class MistralV1Format(PromptFormat):
-    """mistralai/Mistral-7B-Instruct-v0.1 (mistral-common, instruct tokenizer v1): spaces inside the marks."""
+    """mistralai/Mistral-7B-Instruct-v0.2 (and v0.1), `chat_template` of its tokenizer.
 
-    input: Role = Role("[INST] ", " [/INST]")
-    response: Role = Role(" ")
+    The space before `[INST]` gives the ids of mistral-common (instruct tokenizer v1): it tokenizes each turn apart,
+    and SentencePiece begins a text with a space.
+    """
+
+    input: Role = _verbatim(" [INST] ", " [/INST]")
+    response: Role = _verbatim(" ")
+    system: Role = _verbatim()
     nested_system: bool = True
     role_separator: str = ""
     content_separator: str = "\n\n"
@@ -94,23 +105,28 @@ class MistralV1Format(PromptFormat):
 
 @dataclass(frozen=True)
 class MistralFormat(MistralV1Format):
-    """mistralai/Mistral-7B-Instruct-v0.3 (mistral-common, instruct tokenizer v3): no space before `[/INST]`."""
+    """mistralai/Mistral-7B-Instruct-v0.3, `chat_template` of its tokenizer; the marks are control tokens.
 
-    input: Role = Role("[INST] ", "[/INST]")
+    Not as published: the system message stands in the first input, not in the last. There it would move with
+    every turn, and no turn's prompt would begin the next one's.
+    """
+
+    input: Role = _verbatim("[INST] ", "[/INST]")
+    response: Role = Role(" ")
 
 
 @dataclass(frozen=True)
 class ChatMLFormat(PromptFormat):
     """OpenAI's Chat Markup Language, as in Qwen, SmolLM2, Yi and many others."""
 
-    input: Role = Role("<|im_start|>user\n", "<|im_end|>")
-    response: Role = Role("<|im_start|>assistant\n", "<|im_end|>")
-    system: Role = Role("<|im_start|>system\n", "<|im_end|>")
+    input: Role = _verbatim("<|im_start|>user\n", "<|im_end|>")
+    response: Role = _verbatim("<|im_start|>assistant\n", "<|im_end|>")
+    system: Role = _verbatim("<|im_start|>system\n", "<|im_end|>")
 
 
 @dataclass(frozen=True)
 class SmolLM2Format(ChatMLFormat):
-    """HuggingFaceTB/SmolLM2-135M-Instruct, `chat_template` of its tokenizer: ChatML with a system message always."""
+    """HuggingFaceTB/SmolLM2-135M-Instruct, `chat_template` of its tokenizer: ChatML, always a system message."""
 
     default_system: str = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -124,7 +140,7 @@ class QwenFormat(ChatMLFormat):
 
 @dataclass(frozen=True)
 class GemmaFormat(PromptFormat):
-    """google/gemma-2-2b-it, `chat_template` of its tokenizer; the system message as in Gemma 3, before the input."""
+    """google/gemma-2-2b-it, `chat_template` of its tokenizer; a system message stands where Gemma 3 has it."""
 
     input: Role = Role("<start_of_turn>user\n", "<end_of_turn>")
     response: Role = Role("<start_of_turn>model\n", "<end_of_turn>")
@@ -137,23 +153,22 @@ class GemmaFormat(PromptFormat):
 class PhiFormat(PromptFormat):
     """microsoft/Phi-3-mini-4k-instruct, `chat_template` of its tokenizer."""
 
-    input: Role = Role("<|user|>\n", "<|end|>")
-    response: Role = Role("<|assistant|>\n", "<|end|>")
-    system: Role = Role("<|system|>\n", "<|end|>")
+    input: Role = _verbatim("<|user|>\n", "<|end|>")
+    response: Role = _verbatim("<|assistant|>\n", "<|end|>")
+    system: Role = _verbatim("<|system|>\n", "<|end|>")
 
 
 @dataclass(frozen=True)
 class ZephyrFormat(PromptFormat):
     """HuggingFaceH4/zephyr-7b-beta, `chat_template` of its tokenizer."""
 
-    input: Role = Role("<|user|>\n", "</s>")
-    response: Role = Role("<|assistant|>\n", "</s>")
-    system: Role = Role("<|system|>\n", "</s>")
+    input: Role = _verbatim("<|user|>\n", "</s>")
+    response: Role = _verbatim("<|assistant|>\n", "</s>")
+    system: Role = _verbatim("<|system|>\n", "</s>")
 
 
 _INSTRUCTION = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
 
 
@@ -161,9 +176,9 @@ _INSTRUCTION = (
 class DollyFormat(PromptFormat):
     """databricks/dolly `training/consts.py`; contexts are its `Input:` part."""
 
-    input: Role = Role("### Instruction:\n")
-    response: Role = Role("### Response:\n", "\n\n### End")
-    contexts: Role = Role("Input:\n")
+    input: Role = _verbatim("### Instruction:\n")
+    response: Role = _verbatim("### Response:\n", "\n\n### End")
+    contexts: Role = _verbatim("Input:\n")
     nested_contexts: bool = False
     contexts_first: bool = False
     role_separator: str = "\n\n"
@@ -172,12 +187,16 @@ class DollyFormat(PromptFormat):
 
 @dataclass(frozen=True)
 class AlpacaFormat(PromptFormat):
-    """tatsu-lab/stanford_alpaca `train.py` (PROMPT_DICT, without its second wording for rows with an input)."""
+    """tatsu-lab/stanford_alpaca `train.py` (PROMPT_DICT); contexts are its input, the answer follows the colon."""
 
-    input: Role = Role("### Instruction:\n")
-    response: Role = Role("### Response:\n")
-    contexts: Role = Role("### Input:\n")
+    input: Role = _verbatim("### Instruction:\n")
+    response: Role = _verbatim("### Response:")
+    contexts: Role = _verbatim("### Input:\n")
     nested_contexts: bool = False
     contexts_first: bool = False
     role_separator: str = "\n\n"
     default_system: str = _INSTRUCTION
+    default_system_with_contexts: str = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request."
+    )

@@ -13,7 +13,7 @@ from llm.template import Template
 
 @dataclass(frozen=True)
 class Message:
-    """One question: `input`, what to answer it from (`contexts`), and the answer (None: the model is to give it)."""
+    """One question: `input`, what to answer it from (`contexts`), and the answer (None: the model's to give)."""
 
     input: str
     response: str | None = None
@@ -107,7 +107,7 @@ class ZeroShotQA(Prompt):
 
 
 _RADIO_CONTEXTS = (
-    "The Radio Telescope Service opened its second dish in the valley of Arden in 1987, after six years of building.",
+    "The Radio Telescope Service opened its second dish in the valley of Arden in 1987, after six years of work.",
     "Visitors reach the dish by the narrow-gauge railway, which runs from May to October.",
 )
 
@@ -120,23 +120,19 @@ class FewShotQA(ZeroShotQA):
         Message(
             input="Which law governs the contract?",
             contexts=(
-                "No waiver. A delay in exercising a right under this agreement is not a waiver of that right.",
+                "No waiver. A delay in exercising a right under this agreement does not waive that right.",
                 "This agreement and any dispute arising from it are governed by the law of Scotland.",
             ),
             response="The law of Scotland.",
         ),
-        Message(
-            input="When did the second dish open?", contexts=_RADIO_CONTEXTS, response="In 1987."
-        ),
-        Message(
-            input="Who paid for the railway?", contexts=_RADIO_CONTEXTS, response="I do not know."
-        ),
+        Message(input="When did the second dish open?", contexts=_RADIO_CONTEXTS, response="In 1987."),
+        Message(input="Who paid for the railway?", contexts=_RADIO_CONTEXTS, response="I do not know."),
     )
 
 
 @dataclass(frozen=True)
 class StandaloneQuestion(Prompt):
-    """A follow-up question made to stand alone; contexts are the conversation: question, answer, question, ..."""
+    """A follow-up question made to stand alone; contexts are the conversation: question, answer, question..."""
 
     system_message: str = (
         "Rephrase the follow-up question so that it can be understood without the conversation. "

@@ -1,7 +1,7 @@
 """`PromptFormat`: the role marks of a model family, and how a conversation becomes text with them.
 
-Stage 2 of the road: takes a `Conversation` (the task's words, from `prompt.py`), gives `Segment`s of rendered text, each
-trained or not. A format knows nothing of the task, a prompt nothing of the format: any goes with any.
+Stage 2 of the road: takes a `Conversation` (the task's words, from `prompt.py`), gives `Segment`s of rendered text,
+each trained or not. A format knows nothing of the task, a prompt nothing of the format: any goes with any.
 """
 
 from collections.abc import Iterable
@@ -36,8 +36,8 @@ class Role:
 class Turn:
     """One question and its answer as the task words them.
 
-    `response_head` is what a response template puts before the answer: it belongs to the prompt. `response` is None
-    where the model is to answer. `is_example`: few-shot, so never trained.
+    `response_head` is what a response template puts before the answer: it belongs to the prompt. `response` is
+    None where the model is to answer. `is_example`: few-shot, so never trained.
     """
 
     input: str
@@ -80,8 +80,8 @@ class PromptFormat:
 
         [Segment("User: Hi\\nAssistant:", is_trained=False), Segment(" Hello</s>", is_trained=True)]
 
-    The prompt never ends in a space: spaces at its end belong to the response, since most tokenizers merge a space
-    with the word behind it, and a prompt that ends in one asks for a token that training never showed.
+    The prompt never ends in a space: spaces at its end belong to the response, since most tokenizers merge a
+    space with the word behind it, and a prompt that ends in one asks for a token that training never showed.
     """
 
     input: Role = Role()
@@ -109,37 +109,39 @@ class PromptFormat:
     """After every response."""
     default_system: str = ""
     """The system message when the prompt has none."""
+    default_system_with_contexts: str = ""
+    """The same for a first turn with contexts; empty: `default_system`."""
     stop: str = ""
-    """The control token that ends a trained response; empty: the last one in `response.suffix` + `EOS`, else the
-    tokenizer's EOS, which is then appended to the responses that are not few-shot examples."""
+    """The control token that ends a trained response; empty: the last one in `response.suffix` + `EOS`, else
+    the tokenizer's EOS, which is then appended to the responses that are not few-shot examples."""
 
     def for_tokenizer(self, tokenizer: FormatTokenizer) -> Self:
         """This format with `BOS` and `stop` as `tokenizer` has them.
 
-        Raises ConfigError when a control mark of the format is plain text for the tokenizer, or when nothing could
-        end a response.
+        Raises ConfigError when a control mark of the format is plain text for the tokenizer, or when nothing
+        could end a response.
         """
         ending = self.response.suffix + self.EOS
         stop = self.stop or last_control_token(ending, tokenizer.control_tokens)
         for name, mark in (("BOS", self.BOS), ("EOS", self.EOS), ("stop", self.stop)):
             if mark.strip() and not last_control_token(mark, tokenizer.control_tokens):
                 raise ConfigError(
-                    f"{type(self).__name__}: {name} `{mark}` is not a control token of this tokenizer, so the model would "
-                    f"see it as plain text. Its EOS is `{tokenizer.eos_token}`: choose another prompt_format_config, "
+                    f"{type(self).__name__}: {name} `{mark}` is not a control token of this tokenizer, so the model "
+                    f"would see it as plain text. Its EOS is `{tokenizer.eos_token}`: choose another prompt_format_config, "
                     f"or set prompt_format_config.kwargs.{name}."
                 )
         stop = stop or tokenizer.eos_token or ""
         if not stop:
             raise ConfigError(
-                f"{type(self).__name__} ends no response with a control token, and the tokenizer has no EOS: the model "
-                "would never learn to stop. Set prompt_format_config.kwargs.stop to a control token."
+                f"{type(self).__name__} ends no response with a control token, and the tokenizer has no EOS: the "
+                "model would never learn to stop. Set prompt_format_config.kwargs.stop to a control token."
             )
         return replace(self, stop=stop, BOS=self.BOS or tokenizer.added_bos)
 
     def segments(self, conversation: Conversation) -> list[Segment]:
         """The rendered conversation: prompt and response alternate, joined neighbours, nothing empty."""
         between = self.role_separator if self.turn_separator is None else self.turn_separator
-        system = conversation.system or self.default_system
+        system = conversation.system or self._default_system(conversation.turns)
         pieces: list[Segment] = []
         for number, turn in enumerate(conversation.turns):
             prompt = "" if number == 0 else between
@@ -148,6 +150,10 @@ class PromptFormat:
             prompt += self._instruction(turn, system if number == 0 else "")
             pieces += self._turn_segments(prompt + self.role_separator + self.response.prefix, turn)
         return merge_segments(pieces)
+
+    def _default_system(self, turns: tuple[Turn, ...]) -> str:
+        has_contexts = bool(turns and turns[0].contexts)
+        return (has_contexts and self.default_system_with_contexts) or self.default_system
 
     def _turn_segments(self, opening: str, turn: Turn) -> list[Segment]:
         head = turn.response_head.lstrip() if self.response.strip_text else turn.response_head

@@ -1,12 +1,12 @@
-"""`serving_template`: a Prompt in a PromptFormat as one Jinja chat template, so that the tuned model carries its prompt.
+"""`serving_template`: a Prompt in a PromptFormat as one Jinja chat template: the tuned model carries its prompt.
 
     tokenizer.apply_chat_template(
         [{"role": "user", "content": input}], documents=[{"text": context}, ...], add_generation_prompt=True
     )
 
-then gives exactly the prompt that the row had in training. The templates below mirror `PromptFormat.segments` and
-`ChatTemplateFormat.segments`; a header sets what they need to know. A system message in the request replaces the
-prompt's; documents belong to the last user message.
+then gives exactly the prompt that the row had in training. The templates below mirror `PromptFormat.segments`
+and `ChatTemplateFormat.segments`; a header sets what they need to know. A system message in the request replaces
+the prompt's; documents belong to the last user message.
 """
 
 import json
@@ -30,10 +30,11 @@ _PIECES = """\
 {%- endfor -%}
 {%- endmacro -%}
 {%- set given = documents or [] -%}
-{%- set ns = namespace(system=prompt.system, last_user=-1) -%}
+{%- set ns = namespace(system=prompt.system, first_user=-1, last_user=-1) -%}
 {%- for message in messages -%}
 {%- if message.role == 'system' and loop.first -%}{%- set ns.system = message.content -%}{%- endif -%}
-{%- if message.role == 'user' -%}{%- set ns.last_user = loop.index0 -%}{%- endif -%}
+{%- if message.role == 'user' -%}{%- set ns.last_user = loop.index0 -%}
+{%- if ns.first_user < 0 -%}{%- set ns.first_user = loop.index0 -%}{%- endif -%}{%- endif -%}
 {%- endfor -%}
 """
 
@@ -45,7 +46,7 @@ _NAMED = (
 {%- endmacro -%}
 {%- macro instruction(input, contexts, system) -%}
 {%- set systems = [rendered(format.system, system)] if system else [] -%}
-{%- set found = [rendered(format.contexts, contexts)] if contexts else [] -%}
+{%- set found = [rendered(format.contexts, contexts)] if contexts is not none else [] -%}
 {%- set nested = found if format.nested_contexts else [] -%}
 {%- set inside = nested + [input] if format.contexts_first else [input] + nested -%}
 {%- set inside = systems + inside if format.nested_system else inside -%}
@@ -58,7 +59,10 @@ _NAMED = (
 {{- (text | trim) if format.response.strip_text else text -}}{{- format.response.suffix ~ ending -}}
 {%- endmacro -%}
 {%- set ns.text = '' -%}
-{%- set ns.system = ns.system or format.default_system -%}
+{%- set begins_with_contexts = (prompt.examples[0].contexts is not none) if prompt.examples
+    else given and ns.first_user == ns.last_user -%}
+{%- set ns.system = ns.system or (begins_with_contexts and format.default_system_with_contexts)
+    or format.default_system -%}
 {%- for example in prompt.examples -%}
 {%- set ns.text = ns.text ~ (format.between if not loop.first else '') -%}
 {%- set ns.text = ns.text ~ (format.bos if loop.first or format.repeat_bos else '') -%}
@@ -76,7 +80,7 @@ _NAMED = (
 {%- set ns.text = ns.text ~ format.examples.suffix -%}
 {%- endif -%}
 {%- set contexts = filled_contexts(given, format.content_separator)
-    if given and loop.index0 == ns.last_user else '' -%}
+    if given and loop.index0 == ns.last_user else none -%}
 {%- set input = fill(prompt.input, message.content, 1) -%}
 {%- set ns.text = ns.text ~ instruction(input, contexts, ns.system if not ns.turns else '') -%}
 {%- set ns.text = ns.text ~ format.role_separator ~ format.response.prefix -%}
@@ -102,7 +106,7 @@ _BY_TEMPLATE = (
 {%- set ns.system = '' if format.has_system_role else ns.system -%}
 {%- for example in prompt.examples -%}
 {%- set parts = [ns.system] if ns.system else [] -%}
-{%- set parts = parts + ([example.contexts] if example.contexts else []) + [example.input] -%}
+{%- set parts = parts + ([example.contexts] if example.contexts is not none else []) + [example.input] -%}
 {%- set ns.system = '' -%}
 {%- set ns.messages = ns.messages + [{'role': 'user', 'content': parts | join(format.content_separator)},
     {'role': 'assistant', 'content': example.response}] -%}
@@ -123,11 +127,11 @@ _BY_TEMPLATE = (
 {%- endif -%}
 {%- endfor -%}
 {%- set messages = ns.messages -%}
-{%- set documents = none -%}
 """
 )
-
-_HEAD = "{%- if add_generation_prompt -%}{{- prompt.head.rstrip(' ') -}}{%- endif -%}"
+# No `-` towards the base template, which keeps the white space at its ends; `+`: even before a block.
+_BASE_BEGINS = "{%- set documents = none %}\n"
+_BASE_ENDED = "{%+ if add_generation_prompt -%}{{- HEAD -}}{%- endif -%}"
 
 
 def serving_template(prompt: Prompt, prompt_format: PromptFormat | ChatTemplateFormat) -> str:
@@ -139,26 +143,28 @@ def serving_template(prompt: Prompt, prompt_format: PromptFormat | ChatTemplateF
         "examples": [
             {
                 "input": turn.input,
-                "contexts": separator.join(turn.contexts),
+                "contexts": separator.join(turn.contexts) if turn.contexts else None,
                 "response": turn.response_head + (turn.response or ""),
             }
             for turn in conversation.turns
         ],
         **prompt.template_parts(),
     }
-    if isinstance(prompt_format, ChatTemplateFormat):
-        header = _header(facts, {"content_separator": separator, "has_system_role": prompt_format.has_system_role})
-        defaults = "".join(
-            f"{{%- set {name} = {_literal(value)} -%}}\n" for name, value in prompt_format.template_kwargs.items()
-        )
-        return header + _BY_TEMPLATE + defaults + prompt_format.base_template.removesuffix("\n") + _HEAD
-    return _header(facts, _format_facts(prompt_format)) + _NAMED
+    if not isinstance(prompt_format, ChatTemplateFormat):
+        return _header(facts, _format_facts(prompt_format)) + _NAMED
+    known = {"content_separator": separator, "has_system_role": prompt_format.has_system_role}
+    kwargs = prompt_format.template_kwargs.items()
+    defaults = "".join(f"{{%- set {name} = {_literal(value)} -%}}\n" for name, value in kwargs)
+    base = prompt_format.base_template.removesuffix("\n")
+    ended = _BASE_ENDED.replace("HEAD", _literal(prompt_format.opening(facts["head"])))
+    return _header(facts, known) + _BY_TEMPLATE + defaults + _BASE_BEGINS + base + ended
 
 
 def _format_facts(prompt_format: PromptFormat) -> dict[str, Any]:
     between, ending = prompt_format.turn_separator, prompt_format.response.suffix + prompt_format.EOS
     roles = ("input", "response", "system", "contexts", "examples")
-    names = ("nested_system", "nested_contexts", "contexts_first", "role_separator", "content_separator", "default_system")
+    names = ("nested_system", "nested_contexts", "contexts_first", "role_separator", "content_separator",
+             "default_system", "default_system_with_contexts")  # fmt: skip
     return {
         **{role: _role_facts(getattr(prompt_format, role)) for role in roles},
         **{name: getattr(prompt_format, name) for name in names},
@@ -175,9 +181,11 @@ def _role_facts(role: Role) -> dict[str, Any]:
 
 
 def _header(prompt: dict[str, Any], prompt_format: dict[str, Any]) -> str:
-    return f"{{%- set prompt = {_literal(prompt)} -%}}\n{{%- set format = {_literal(prompt_format)} -%}}\n"
+    facts = {"prompt": prompt, "format": prompt_format}
+    sets = [f"{{%- set {name} = {_literal(value)} -%}}\n" for name, value in facts.items()]
+    return "{%- set null = none -%}\n" + "".join(sets)  # `null` is JSON's word for it
 
 
 def _literal(value: Any) -> str:
-    """A Jinja literal: JSON is one, but for characters beyond the first plane, which Jinja takes unescaped."""
+    """A Jinja literal: JSON is one, with characters beyond the first plane unescaped and `null` set."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
 """`Template`: text with `{text}` (contexts also `{index}`), the only things a prompt template can hold.
 
-`{{` and `}}` are literal braces. Nothing else is interpreted: no attribute access, no format specification; braces
-in the text that is filled in are data.
+`{{` and `}}` are literal braces. Nothing else is interpreted: no attribute access, no format specification;
+braces in the text that is filled in are data.
 """
 
 import re
@@ -41,7 +41,7 @@ class Template:
         parts.append((literal + self.source[position:], None))
         if [name for _, name in parts].count("text") != 1:
             raise ConfigError(
-                f"{self.name} {self.source!r}: needs `{{text}}` exactly once, or every row gets the same text."
+                f"{self.name} {self.source!r}: needs `{{text}}` exactly once, else rows get the same text."
             )
         object.__setattr__(self, "parts", tuple(parts))
 

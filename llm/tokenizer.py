@@ -1,16 +1,17 @@
 """`PromptTokenizer`: a model's tokenizer as preparation needs it, text <-> ids and nothing hidden.
 
-No BOS or EOS is ever added behind our back: what the tokenizer would add is told as `added_bos`, and the prompt format
-puts it into the text. Control tokens that stand in user data can be kept as text (`keep_as_text`).
+No BOS or EOS is ever added behind our back: what the tokenizer would add is told as `added_bos`, and the prompt
+format puts it into the text. Control tokens that stand in user data can be kept as text (`keep_as_text`).
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from llm.errors import ConfigError
 from llm.model_registry import check_is_reachable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Two private-use characters: around the number of a control token that is text, and of one that is a mark.
 _AS_TEXT, _AS_MARK = "\uf8fd", "\uf8fe"
+_MARK = re.compile(f"{_AS_TEXT}\\d+{_AS_TEXT}|{_AS_MARK}\\d+{_AS_MARK}")
 
 
 class PromptTokenizer:
@@ -43,28 +45,30 @@ class PromptTokenizer:
         self.eos_token: str | None = tokenizer.eos_token
         self.pad_token_id: int = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         plain, whole = backend.encode("a", add_special_tokens=False), backend.encode("a")
-        added_ids = whole.ids[: len(whole.ids) - len(plain.ids)] if whole.ids[-1:] == plain.ids[-1:] else []
-        self.added_bos: str = self.decode([added_ids])[0] if added_ids else ""
+        starts = range(len(whole.ids) - len(plain.ids) + 1)  # some add an EOS, too
+        start = next((n for n in starts if whole.ids[n : n + len(plain.ids)] == plain.ids), 0)
+        self.added_bos: str = self.decode([whole.ids[:start]])[0] if start else ""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, control tokens recognised, nothing added; uses all cores."""
-        if any(_AS_TEXT in text for text in texts):
-            return [self._encode_kept(text) if _AS_TEXT in text else self.encode([text])[0] for text in texts]
-        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        plain = [text for text in texts if _AS_TEXT not in text]
+        encoded = iter(self._backend.encode_batch_fast(plain, add_special_tokens=False))
+        return [self._encode_kept(text) if _AS_TEXT in text else next(encoded).ids for text in texts]
 
     def decode(self, batch: Sequence[Sequence[int]]) -> list[str]:
         """The text of each list of ids, control tokens included."""
-        return self._backend.decode_batch([list(ids) for ids in batch], skip_special_tokens=False)
+        return list(self._backend.decode_batch([list(ids) for ids in batch], skip_special_tokens=False))
 
     def keep_as_text(self, text: str) -> str:
-        """`text` in which every control token is marked to stay text; `encode` honours the marks, `unmark` lifts them.
+        """`text` whose control tokens are marked to stay text; `encode` honours the marks, `unmark` lifts them.
 
-        ValueError when `text` holds both a control token and one of our private marks.
+        ValueError when `text` holds what could be taken for such a mark.
         """
-        if not any(token in text for token in self.control_tokens):
+        has_control_text = any(token in text for token in self.control_tokens)
+        if _MARK.search(text) or (has_control_text and (_AS_TEXT in text or _AS_MARK in text)):
+            raise ValueError("the private characters U+F8FD, U+F8FE beside control tokens or numbers")
+        if not has_control_text:
             return text
-        if _AS_TEXT in text or _AS_MARK in text:
-            raise ValueError("control tokens beside the private characters U+F8FD or U+F8FE")
         for token, number in self._by_length:
             text = text.replace(token, f"{_AS_TEXT}{number}{_AS_TEXT}")
         return text
@@ -76,11 +80,14 @@ class PromptTokenizer:
                 text = text.replace(f"{_AS_TEXT}{number}{_AS_TEXT}", token)
         return text
 
+    def spelled(self, text: str) -> str:
+        """`text` as this tokenizer spells it: with composed characters where it composes (NFC), as Qwen's does."""
+        normalizer = self._backend.normalizer
+        return normalizer.normalize_str(text) if isinstance(normalizer, normalizers.NFC) else text
+
     def render_chat(self, messages: list[dict[str, str]], *, is_open: bool, **kwargs: Any) -> str:
         """The tokenizer's chat template over `messages`; `is_open`: ends where the assistant is to answer."""
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=is_open, **kwargs
-        )
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open, **kwargs)
         return str(text)
 
     @property
@@ -99,8 +106,8 @@ class PromptTokenizer:
     @cached_property
     def is_lossless(self) -> bool:
         """Whether decoding gives back the text: false for tokenizers that lower-case or drop white space."""
-        mark = next(iter(self.control_tokens), "")
-        probe = f"{mark}Ab  c\n\n  {mark}\nd É{mark}"
+        marks = self.control_tokens or [""]  # all: some take white space beside them away (Phi-3's)
+        probe = "".join(f"{mark}Ab  c\n\n  {mark}\nd É{mark}" for mark in marks)
         return self.decode(self.encode([probe])) == [probe]
 
     @cached_property
@@ -133,12 +140,14 @@ class PromptTokenizer:
 def load_prompt_tokenizer(base_model: str) -> PromptTokenizer:
     """The tokenizer of a hub id or folder; ConfigError when there is none."""
     check_is_reachable(base_model)
-    from transformers import AutoTokenizer  # 3 s with torch: not before the configuration is known to be right
+
+    # Here, not above: 3 s with torch, once the configuration is known to be right.
+    from transformers import AutoTokenizer
 
     try:
         return PromptTokenizer(AutoTokenizer.from_pretrained(base_model))
     except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"base_model: no tokenizer at `{base_model}`: {first_line} "
             "Give a hub id, or a folder that holds tokenizer.json."

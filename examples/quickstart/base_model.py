@@ -76,9 +76,7 @@ def save_model(source: Path, target: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    model.generation_config = GenerationConfig.from_dict(
-        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    )
+    model.generation_config = GenerationConfig.from_dict({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
     model.save_pretrained(target)
 
 

@@ -201,8 +201,7 @@ def save(path: Path, rows: list[Row], answers: dict[str, list[str]], scores: dic
         "num_rows": len(rows),
         "scores": {name: asdict(value) for name, value in scores.items()},
         "rows": [
-            {**asdict(row), **{name: texts[index] for name, texts in answers.items()}}
-            for index, row in enumerate(rows)
+            {**asdict(row), **{name: texts[index] for name, texts in answers.items()}} for index, row in enumerate(rows)
         ],
     }
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -234,9 +233,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Base against tuned model on held-out rows.")
     parser.add_argument("--model", type=Path, required=True, help="folder of the tuned adapter")
     parser.add_argument("--rows", type=Path, required=True, help="rows file, JSON lines")
-    parser.add_argument(
-        "--at-least", type=parse_floor, default={}, metavar="exact=0.8,...", help="else exit 1"
-    )
+    parser.add_argument("--at-least", type=parse_floor, default={}, metavar="exact=0.8,...", help="else exit 1")
     return parser.parse_args()
 
 

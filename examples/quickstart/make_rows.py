@@ -84,9 +84,7 @@ def page(key: str, year: int) -> Page:
     named = [(name, day) for day, names in sorted(days.items()) for name in [names.split("; ")[0]]]
     counts = Counter(name for name, _ in named)
     calendar = {
-        name: day
-        for name, day in named
-        if counts[name] == 1 and CLEAN_NAME.fullmatch(name) and name not in DULL_NAMES
+        name: day for name, day in named if counts[name] == 1 and CLEAN_NAME.fullmatch(name) and name not in DULL_NAMES
     }
     return Page(country=country_name(key), year=year, calendar=calendar)
 

@@ -75,15 +75,9 @@ class DataPrepConfig(StrictModel):
         description="Where the blocks go: `save_to_disk` (`dataset_path`), `to_parquet`, `to_json` or `to_csv` "
         "(`path_or_buf`); on disk or `s3://`.",
     )
-    chunksize: int = Field(
-        default=2048, gt=0, description="Tokens in a block: examples are packed up to this length."
-    )
-    ignore_index: int = Field(
-        default=-100, lt=0, description="Label of a token that is not trained (prompt, padding)."
-    )
-    num_proc: int | None = Field(
-        default=None, gt=0, description="Threads that tokenize; default: all cores."
-    )
+    chunksize: int = Field(default=2048, gt=0, description="Tokens in a block: examples are packed up to this length.")
+    ignore_index: int = Field(default=-100, lt=0, description="Label of a token that is not trained (prompt, padding).")
+    num_proc: int | None = Field(default=None, gt=0, description="Threads that tokenize; default: all cores.")
     pack: bool = Field(default=True, description="`false` writes one example a block.")
     pad_to_chunksize: bool = Field(
         default=True, description="Pad every block to `chunksize`; `false` keeps blocks as long as they are."
@@ -117,9 +111,7 @@ def _has_no_output_dir(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-Dtype = Annotated[
-    Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_canonical_dtype)
-]
+Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_canonical_dtype)]
 
 
 class FinetuneConfig(StrictModel):
@@ -128,9 +120,7 @@ class FinetuneConfig(StrictModel):
     base_model: str = Field(
         min_length=1, description="Hub id or folder of the model to be tuned (any causal language model)."
     )
-    train_dataset_config: DatasetConfig = Field(
-        description="The prepared blocks: a path, or `method` and `kwargs`."
-    )
+    train_dataset_config: DatasetConfig = Field(description="The prepared blocks: a path, or `method` and `kwargs`.")
     eval_dataset_config: DatasetConfig | None = Field(
         default=None, description="Prepared blocks for the evaluation loss; default: none."
     )
@@ -174,9 +164,7 @@ class FinetuneConfig(StrictModel):
         description="Trackers by name, or `none`; default: that of `experiment_tracking_config`, else TensorBoard "
         "when it is installed.",
     )
-    allow_tokenizer_mismatch: bool = Field(
-        default=False, description="Train on blocks that another tokenizer made."
-    )
+    allow_tokenizer_mismatch: bool = Field(default=False, description="Train on blocks that another tokenizer made.")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "FinetuneConfig":

@@ -3,9 +3,7 @@
 import sys
 from pathlib import Path
 
-if (
-    not __package__
-):  # started as a file: Python put this folder first, where our module names would shadow others
+if not __package__:  # started as a file: Python put this folder first, where our module names would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import typer
@@ -33,9 +31,7 @@ def prepare(config: DataPrepConfig) -> Manifest:
     rows = load_source(config.source_config)
     with staged(target) as (folder, staging):
         examples = encode_rows(rows, encoder, folder)
-        packing = pack_examples(
-            examples.lengths, chunksize=config.chunksize, is_packed=config.pack, seed=config.seed
-        )
+        packing = pack_examples(examples.lengths, chunksize=config.chunksize, is_packed=config.pack, seed=config.seed)
         batches = iterate_blocks(examples.table, packing, padding(config, encoder.tokenizer))
         blocks = spill_blocks(batches, folder, num_blocks=packing.num_blocks)
         write_dataset(blocks, config.dataset_writer_config, staging)

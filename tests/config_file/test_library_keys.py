@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from llm.errors import MissingExtraError
-from llm.training.config_file import library_keys
 from llm.training.config import default_training_arguments
+from llm.training.config_file import library_keys
 from llm.training.config_file.library_keys import keys_of, problems_of
 from llm.training.config_file.library_rules import CHOICES, LIMITS, RENAMED, SET_ELSEWHERE
 

@@ -178,9 +178,7 @@ def test_override_malformed_is_an_error(error: Failing, override: str, text: str
         ("a: " + "x" * 1_000_001, "larger than 1,000,000 bytes"),
     ],
 )
-def test_read_yaml_unreadable_file_is_one_clear_error(
-    error: Failing, content: str | bytes, text: str
-) -> None:
+def test_read_yaml_unreadable_file_is_one_clear_error(error: Failing, content: str | bytes, text: str) -> None:
     assert text in error(content)
 
 
@@ -369,9 +367,7 @@ def test_secret_in_a_line_that_is_not_yaml_is_never_shown(error: Failing) -> Non
 def test_secret_lookalikes_are_allowed(tmp_path: Path) -> None:
     kwargs = "{pad_token: </s>, max_new_tokens: 9, token: true, path: hf_models/x}"
     assert (
-        dataprep(tmp_path, f"prompt_config:\n  method: m\n  kwargs: {kwargs}\n").prompt_config.kwargs[
-            "pad_token"
-        ]
+        dataprep(tmp_path, f"prompt_config:\n  method: m\n  kwargs: {kwargs}\n").prompt_config.kwargs["pad_token"]
         == "</s>"
     )
 

@@ -16,9 +16,7 @@ from llm.training.tune.attention import NODE_ATTENTION, node_paths
 from llm.training.tune.isolation import check_isolation, keeps_examples_apart, node_positions
 
 
-def packed_logits(
-    model: PreTrainedModel, ids: torch.Tensor, lengths: list[int], parents: list[int]
-) -> torch.Tensor:
+def packed_logits(model: PreTrainedModel, ids: torch.Tensor, lengths: list[int], parents: list[int]) -> torch.Tensor:
     positions = torch.tensor([node_positions(lengths, parents)])
     with torch.no_grad():
         output = model(
@@ -31,9 +29,7 @@ def packed_logits(
     return output.logits[0]
 
 
-def path_logits(
-    model: PreTrainedModel, ids: torch.Tensor, lengths: list[int], parents: list[int]
-) -> torch.Tensor:
+def path_logits(model: PreTrainedModel, ids: torch.Tensor, lengths: list[int], parents: list[int]) -> torch.Tensor:
     """The logits of each node from its path alone, through eager attention, one forward a path."""
     nodes = ids.split(lengths)
     model.set_attn_implementation("eager")
@@ -108,9 +104,7 @@ def test_refused_model_trains_on_unpacked_blocks_only(architecture: str, make_mo
         keeps_examples_apart(model, is_packed=True)
     assert keeps_examples_apart(model, is_packed=False) is False
     rows = torch.arange(3, 13).view(2, 5)
-    assert torch.isfinite(
-        model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
-    ).all()
+    assert torch.isfinite(model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits).all()
 
 
 def test_self_test_sees_a_leak_of_one_node(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,9 +82,7 @@ def test_broken_block_is_named(changes: dict[str, Any], text: str, make_model: M
     assert text in str(caught.value) and "Run dataprep again." in str(caught.value)
 
 
-def test_block_number_counts_through_the_batches(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_block_number_counts_through_the_batches(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm.training.tune.data_check._BLOCKS_AT_ONCE", 2)
     with pytest.raises(DataError, match="block 2: "):
         check_blocks(broken(**changed("input_ids", 3, 99)), make_model(), key="train_dataset_config")
@@ -113,9 +111,7 @@ def test_no_label_at_all_is_an_error(make_model: MakeModel) -> None:
 
 
 def test_other_tokenizer_is_refused_unless_allowed(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
     found = tokenizer_fingerprint(tokenizer)
     check_tokenizer(make_manifest(found), tokenizer, key="train_dataset_config", allow_mismatch=False)
     with pytest.raises(DataError) as caught:

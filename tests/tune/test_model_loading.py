@@ -64,9 +64,7 @@ def test_dtype_follows_config_and_hardware(
     assert precision.reason
 
 
-def test_emulated_bfloat16_is_warned_of(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_emulated_bfloat16_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     set_hardware(monkeypatch)
     resolve_precision(make_config(torch_dtype="bfloat16"))
     assert "25 times slower" in caplog.text
@@ -142,11 +140,7 @@ def test_four_bits_are_nf4_with_bfloat16_compute(has_bitsandbytes: None) -> None
 def test_quantization_config_wins_over_the_defaults(has_bitsandbytes: None) -> None:
     given = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "fp16"}
     found = quantization_config(make_config(load_in_4bit=True, quantization_config=given))
-    assert (
-        found is not None
-        and found.bnb_4bit_quant_type == "fp4"
-        and found.bnb_4bit_compute_dtype is torch.float16
-    )
+    assert found is not None and found.bnb_4bit_quant_type == "fp4" and found.bnb_4bit_compute_dtype is torch.float16
     assert found.bnb_4bit_use_double_quant
 
 
@@ -183,9 +177,7 @@ def test_adapter_is_on_all_linear_modules_and_only_it_trains(make_model: MakeMod
 
 
 def test_lora_config_wins_over_the_models_defaults(make_model: MakeModel) -> None:
-    model = add_adapter(
-        make_model("llama"), {"r": 3}, {"r": 4, "lora_alpha": 5, "target_modules": ["q_proj"]}
-    )
+    model = add_adapter(make_model("llama"), {"r": 3}, {"r": 4, "lora_alpha": 5, "target_modules": ["q_proj"]})
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.target_modules) == (3, 5, {"q_proj"})
 
@@ -208,17 +200,13 @@ def test_each_name_must_match_a_module(key: str, make_model: MakeModel) -> None:
         ({"target_modules": "nothing.*like_it"}, "lora_config: "),
     ],
 )
-def test_what_peft_does_not_take_is_a_config_error(
-    given: dict[str, Any], text: str, make_model: MakeModel
-) -> None:
+def test_what_peft_does_not_take_is_a_config_error(given: dict[str, Any], text: str, make_model: MakeModel) -> None:
     with pytest.raises(ConfigError, match=text):
         add_adapter(make_model("llama"), given, {})
 
 
 def test_saved_embeddings_of_a_tied_model_stay_tied(make_model: MakeModel) -> None:
-    model = add_adapter(
-        make_model("llama", tie_word_embeddings=True), {"modules_to_save": ["embed_tokens"]}, {}
-    )
+    model = add_adapter(make_model("llama", tie_word_embeddings=True), {"modules_to_save": ["embed_tokens"]}, {})
     assert model.peft_config["default"].ensure_weight_tying
 
 
@@ -226,17 +214,11 @@ def test_saved_embeddings_of_a_tied_model_stay_tied(make_model: MakeModel) -> No
 
 
 def test_users_arguments_win_and_ours_fill_in(tmp_path: Path) -> None:
-    config = make_config(
-        local_output=str(tmp_path), training_arguments={"learning_rate": 0.5, "max_steps": 3}
-    )
+    config = make_config(local_output=str(tmp_path), training_arguments={"learning_rate": 0.5, "max_steps": 3})
     arguments = training_arguments(config)
     assert (arguments.learning_rate, arguments.max_steps) == (0.5, 3)
     assert arguments.per_device_train_batch_size == 2 and arguments.lr_scheduler_type == "cosine"
-    assert (
-        arguments.output_dir == str(tmp_path)
-        and arguments.disable_tqdm
-        and not arguments.remove_unused_columns
-    )
+    assert arguments.output_dir == str(tmp_path) and arguments.disable_tqdm and not arguments.remove_unused_columns
     assert arguments.save_total_limit is None and merged_arguments(config)["save_total_limit"] == 3
     assert arguments.eval_strategy == "no" and arguments.report_to == []
 
@@ -282,9 +264,7 @@ def test_trackers_in_order_of_precedence(monkeypatch: pytest.MonkeyPatch) -> Non
     assert resolve(make_config(report_to="none", experiment_tracking_config=wandb)) == []
     installed.clear()
     assert resolve(make_config(report_to=None)) == []
-    with pytest.raises(
-        MissingExtraError, match="experiment_tracking_config.method: `wandb` is not installed"
-    ):
+    with pytest.raises(MissingExtraError, match="experiment_tracking_config.method: `wandb` is not installed"):
         resolve(make_config(report_to=None, experiment_tracking_config=wandb))
     with pytest.raises(ConfigError, match="report_to: no tracker `wandbb`. Did you mean `wandb`?"):
         resolve(make_config(report_to="wandbb"))
@@ -300,9 +280,7 @@ def test_tracker_settings_become_arguments_and_variables(monkeypatch: pytest.Mon
     with monkeypatch.context() as context:
         context.setattr(tracking.os, "environ", dict(tracking.os.environ))
         assert tracking.tracking_arguments(config) == {"run_name": "run 1"}
-        variables = {
-            name: tracking.os.environ[name] for name in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_TAGS")
-        }
+        variables = {name: tracking.os.environ[name] for name in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_TAGS")}
     assert variables == {"WANDB_PROJECT": "p", "WANDB_ENTITY": "mine", "WANDB_TAGS": "a,b"}
 
 

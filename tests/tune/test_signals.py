@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fault_helpers import running_process, tiny_trainer, train, weights_digest
+from fault_helpers import running_process, tiny_trainer, train, wait_until, weights_digest
 from transformers import TrainerCallback
 
 from llm.training.tune.checkpoints import (
@@ -124,7 +124,9 @@ class Slow(TrainerCallback):
 
 
 def train_until_told(output: Path, rank: int | None = None, port: int = 0) -> None:
-    """A long run; exits as `finetune` does: with the signal's code and without `final_output` when interrupted."""
+    """A long run; exits as `finetune` does: with the signal's code and without `final_output` when
+    interrupted.
+    """
     settings: dict[str, Any] = {}
     if rank is not None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
@@ -140,17 +142,12 @@ def train_until_told(output: Path, rank: int | None = None, port: int = 0) -> No
     sys.exit(signals.exit_code)
 
 
-def wait_for(path: Path) -> None:
-    while not path.exists():
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_from_outside_ends_the_process_with_its_code(
     tmp_path: Path, number: signal.Signals, exit_code: int
 ) -> None:
     with running_process(train_until_told, tmp_path) as process:
-        wait_for(tmp_path / "started-0")
+        wait_until((tmp_path / "started-0").exists)
         os.kill(int(process.pid or 0), number)
         process.join()
         assert process.exitcode == exit_code
@@ -164,7 +161,7 @@ def test_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path) -> None:
         running_process(train_until_told, tmp_path, 0, port) as first,
         running_process(train_until_told, tmp_path, 1, port) as second,
     ):
-        wait_for(tmp_path / "started-1")
+        wait_until((tmp_path / "started-1").exists)
         os.kill(int(second.pid or 0), signal.SIGTERM)
         first.join()
         second.join()

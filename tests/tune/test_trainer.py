@@ -44,9 +44,7 @@ def train_arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**settings | changes)
 
 
-def trained_weights(
-    model: PreTrainedModel, dataset: Dataset, folder: Path, **changes: Any
-) -> dict[str, torch.Tensor]:
+def trained_weights(model: PreTrainedModel, dataset: Dataset, folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
     trainer = BlockTrainer(model, train_arguments(folder, **changes), train_dataset=dataset)
     trainer.train()
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -167,9 +165,7 @@ def test_packed_and_unpacked_data_train_the_same_weights(make_model: MakeModel, 
     found = []
     for dataset in (packed, unpack(packed)):
         model = make_model("llama", initializer_range=0.1)
-        found.append(
-            trained_weights(model, dataset, tmp_path, per_device_train_batch_size=len(dataset), max_steps=3)
-        )
+        found.append(trained_weights(model, dataset, tmp_path, per_device_train_batch_size=len(dataset), max_steps=3))
     assert largest_difference(*found) < 1e-6
 
 
@@ -177,9 +173,7 @@ def test_logged_loss_is_the_token_mean(make_model: MakeModel, tmp_path: Path) ->
     model, dataset = make_model("llama", initializer_range=0.1), make_packed_dataset(8)
     total, count = reference_loss(make_model("llama", initializer_range=0.1), unpack(dataset))
     total = total.detach()
-    arguments = train_arguments(
-        tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4
-    )
+    arguments = train_arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     trainer = BlockTrainer(model, arguments, train_dataset=dataset)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(total) / count, rel=1e-5)
@@ -188,16 +182,12 @@ def test_logged_loss_is_the_token_mean(make_model: MakeModel, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
-def test_eval_loss_is_the_token_mean_for_any_batch_size(
-    batch_size: int, make_model: MakeModel, tmp_path: Path
-) -> None:
+def test_eval_loss_is_the_token_mean_for_any_batch_size(batch_size: int, make_model: MakeModel, tmp_path: Path) -> None:
     dataset = make_packed_dataset(13)
     total, count = reference_loss(make_model("llama"), unpack(dataset))
     arguments = train_arguments(tmp_path, per_device_eval_batch_size=batch_size)
     for eval_dataset in (dataset, unpack(dataset)):
-        trainer = BlockTrainer(
-            make_model("llama"), arguments, train_dataset=dataset, eval_dataset=eval_dataset
-        )
+        trainer = BlockTrainer(make_model("llama"), arguments, train_dataset=dataset, eval_dataset=eval_dataset)
         metrics = trainer.evaluate()
         assert metrics["eval_loss"] == pytest.approx(float(total.detach()) / count, rel=1e-5)
         assert metrics["eval_trained_tokens"] == count
@@ -224,7 +214,7 @@ def test_gradient_checkpointing_trains_the_same_weights(make_model: MakeModel, t
     found = []
     for is_on in (False, True):
         model = add_adapter(make_model("llama", initializer_range=0.1), {"r": 4}, {})
-        settings = {"per_device_train_batch_size": 8, "gradient_checkpointing": is_on}
+        settings = {"per_device_train_batch_size": 8, "activation_checkpointing": is_on}
         found.append(trained_weights(model, make_packed_dataset(40), tmp_path, **settings))
     assert largest_difference(*found) < 1e-6
 

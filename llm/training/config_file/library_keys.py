@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import MissingExtraError, did_you_mean
-from llm.training.config_file.problem import describe, wrong_type
 from llm.training.config_file.library_rules import CHOICES, LIMITS, RENAMED, SET_ELSEWHERE
+from llm.training.config_file.problem import describe, wrong_type
 
 _DOCS = "https://huggingface.co/docs"
 MAX_NAMES_LISTED = 30

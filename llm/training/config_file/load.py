@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from llm.errors import ConfigError
-from llm.training.config_file import library_keys
 from llm.training.config import DataPrepConfig, FinetuneConfig, default_training_arguments
+from llm.training.config_file import library_keys
 from llm.training.config_file.problem import Place, Problem, problem_text
-from llm.training.config_file.secret import mask_line, secret_problems
 from llm.training.config_file.schema import validate
+from llm.training.config_file.secret import mask_line, secret_problems
 from llm.training.config_file.yaml_text import Document, parse_yaml, read_yaml
 
 ConfigT = TypeVar("ConfigT", DataPrepConfig, FinetuneConfig)

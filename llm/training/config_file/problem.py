@@ -74,6 +74,4 @@ def problem_text(problem: Problem, place: Place) -> str:
     """The lines for one problem: place and key path, the line itself, what is wrong; secrets are masked."""
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem.path]
     line = f"    {mask_line(place.line.strip())[:110]}\n" if place.line.strip() else ""
-    return (
-        f"{place.where}  {''.join(parts).lstrip('.')}".rstrip() + f"\n{line}    {mask_secrets(problem.text)}"
-    )
+    return f"{place.where}  {''.join(parts).lstrip('.')}".rstrip() + f"\n{line}    {mask_secrets(problem.text)}"

@@ -67,9 +67,7 @@ def _variable(path: KeyPath) -> str:
 
 
 def _text(what: str, variable: str) -> str:
-    given = (
-        f"the environment variable {variable}" if variable else "an environment variable (WANDB_API_KEY, ...)"
-    )
+    given = f"the environment variable {variable}" if variable else "an environment variable (WANDB_API_KEY, ...)"
     return (
         f"{what}, and this file is copied beside every output. Delete it here and set {given}: "
         "the libraries read it by themselves."

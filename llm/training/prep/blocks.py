@@ -71,9 +71,7 @@ def _batch(members: pa.Table, starts: Ints, padding: Padding) -> pa.RecordBatch:
     spans, num_spans = _flat(members["trained"])
     example_ends = np.cumsum(lengths)
     position_ids = np.arange(len(ids)) - np.repeat(example_ends - lengths, lengths)
-    labels = np.where(
-        _is_trained(spans, num_spans, example_ends - lengths, len(ids)), ids, padding.ignore_index
-    )
+    labels = np.where(_is_trained(spans, num_spans, example_ends - lengths, len(ids)), ids, padding.ignore_index)
     block_tokens = np.add.reduceat(lengths, starts[:-1])
     place = _Place(block_tokens, padding.length)
     num_examples = np.diff(starts)

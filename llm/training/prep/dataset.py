@@ -149,20 +149,12 @@ def iterate_rows(dataset: "Dataset", *, batch_size: int) -> Iterator[list[Row]]:
 def _row(number: int, input_text: str | None, response: str | None, contexts: list[str | None] | None) -> Row:
     texts = contexts or []
     if input_text is None or response is None or None in texts:
-        name = (
-            "input"
-            if input_text is None
-            else "response"
-            if response is None
-            else f"contexts[{texts.index(None)}]"
-        )
+        name = "input" if input_text is None else "response" if response is None else f"contexts[{texts.index(None)}]"
         raise DataError(
             f"source_config: row {number} (counted from 0): `{name}` is null, or not there. "
             "Every row needs an input and a response, and every context a text: mend the row or remove it."
         )
-    return Row(
-        number=number, input=input_text, response=response, contexts=tuple(t for t in texts if t is not None)
-    )
+    return Row(number=number, input=input_text, response=response, contexts=tuple(t for t in texts if t is not None))
 
 
 def _loading_method(config: DatasetConfig) -> str:
@@ -175,9 +167,7 @@ def _local_location(config: DatasetConfig) -> str | None:
     """The one file or folder on this machine that `config` names, if it names one."""
     method, is_builder = _loading_method(config), config.kwargs.get("path") in _BUILDERS.values()
     location = dataset_location(config) if method != "load_dataset" or is_builder else None
-    is_ours = (
-        method in DATASET_METHODS and location and "://" not in location and not set("*?[") & set(location)
-    )
+    is_ours = method in DATASET_METHODS and location and "://" not in location and not set("*?[") & set(location)
     return location if is_ours else None
 
 
@@ -203,9 +193,7 @@ def _one_split(found: Any, config: DatasetConfig, key: str) -> "Dataset":
         if len(found) != 1:
             path = config.kwargs.get("dataset_path")
             remedy = f"dataset_path: {path}/{next(iter(found))}" if path else f"split: {next(iter(found))}"
-            raise ConfigError(
-                f"{key}: the data set has the splits {_quoted(found)}: name one, e.g. `{remedy}`."
-            )
+            raise ConfigError(f"{key}: the data set has the splits {_quoted(found)}: name one, e.g. `{remedy}`.")
         found = next(iter(found.values()))
     if not isinstance(found, Dataset):
         raise ConfigError(f"{key}: the method gave a {type(found).__name__}, not a datasets.Dataset.")
@@ -220,13 +208,9 @@ def _with_lists(blocks: "Dataset", names: list[str], key: str) -> "Dataset":
     kinds = {name: List(Value("int64")) if name in names else kind for name, kind in blocks.features.items()}
     try:
         with library_bars_hidden():
-            return blocks.map(
-                _lists_of_json, batched=True, features=Features(kinds), fn_kwargs={"names": names}
-            )
+            return blocks.map(_lists_of_json, batched=True, features=Features(kinds), fn_kwargs={"names": names})
     except (ValueError, TypeError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"{key}: {_quoted(names)} hold no lists of integers as JSON ({_first_line(error)})."
-        ) from error
+        raise DataError(f"{key}: {_quoted(names)} hold no lists of integers as JSON ({_first_line(error)}).") from error
 
 
 def _lists_of_json(batch: dict[str, list[str]], names: list[str]) -> dict[str, list[Any]]:

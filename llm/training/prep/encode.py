@@ -1,7 +1,7 @@
 """Stage 3: rows -> examples (ids and which of them are trained), holding the five invariants for every one.
 
     I1  the ids before the first label are the ids of the prompt text alone, as inference makes them
-    I2  decoding the ids gives the rendered text
+    I2  decoding the ids gives the rendered text (as the tokenizer spells it, `PromptTokenizer.spelled`)
     I3  no prompt token is a label; every response token and the stop token are
     I4  few-shot examples and contexts are never labels
     I5  control-token text in a row stays text
@@ -92,9 +92,7 @@ class _Joint(NamedTuple):
 
 
 _Pair = tuple[Segment, Segment]  # a prompt and its response
-_JoinedIds = tuple[
-    list[int], list[int] | None
-]  # the ids of a prompt and of its response, None where no join is exact
+_JoinedIds = tuple[list[int], list[int] | None]  # the ids of a prompt and of its response, None where no join is exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +201,7 @@ class Encoder:
         found = []
         for joint in joints:
             head, tail, whole = (ids_of[t] for t in (joint.head, joint.tail, joint.tail + joint.response))
-            response = (
-                whole[len(tail) :] if whole[: len(tail)] == tail else self._anchored(joint, tail, whole)
-            )
+            response = whole[len(tail) :] if whole[: len(tail)] == tail else self._anchored(joint, tail, whole)
             found.append(((head + tail)[bool(joint.lead) :], response))
         return found
 
@@ -225,6 +221,9 @@ class Encoder:
         for (_, segment), (prompt, response) in zip(pairs, joined, strict=True):
             if response is None:
                 return Dropped(row=row.number, reason="no_exact_boundary")
+            if segment.is_trained and len(response) == 1:  # the stop token: the tokenizer leaves the rest out
+                num_tokens = sum(len(p) + len(r or ()) for p, r in joined)
+                return Dropped(row=row.number, reason="not_representable", num_tokens=num_tokens)
             start = len(input_ids) + len(prompt)
             input_ids += prompt + response
             if segment.is_trained:
@@ -233,9 +232,7 @@ class Encoder:
             return Dropped(row=row.number, reason="empty_prompt", num_tokens=len(input_ids))
         marked = "".join(prompt.text + response.text for prompt, response in pairs)
         text = self.tokenizer.unmark(marked)
-        has_control_text = (
-            self._has_control_text(row) if self.allow_special_tokens_in_data else text != marked
-        )
+        has_control_text = self._has_control_text(row) if self.allow_special_tokens_in_data else text != marked
         return Example(
             row=row.number,
             text=text,
@@ -252,15 +249,14 @@ class Encoder:
         """I2 and the stop token, for every example."""
         examples = [outcome for outcome in outcomes if isinstance(outcome, Example)]
         decoded = dict(
-            zip(
-                (e.row for e in examples), self.tokenizer.decode([e.input_ids for e in examples]), strict=True
-            )
+            zip((e.row for e in examples), self.tokenizer.decode([e.input_ids for e in examples]), strict=True)
         )
         stop = self.tokenizer.control_tokens[self.prompt_format.stop]
         checked: list[Outcome] = []
         for outcome in outcomes:
             if isinstance(outcome, Example):
                 assert outcome.input_ids[-1] == stop, "a format ends every response with its stop token"
+                outcome = replace(outcome, text=self.tokenizer.spelled(outcome.text))
                 if self.tokenizer.is_lossless and decoded[outcome.row] != outcome.text:
                     num_tokens = len(outcome.input_ids)
                     outcome = Dropped(row=outcome.row, reason="not_representable", num_tokens=num_tokens)

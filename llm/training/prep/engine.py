@@ -54,10 +54,6 @@ def encode_rows(rows: "Dataset", encoder: Encoder, folder: Path) -> Examples:
     examples = writer.read()
     if not len(examples.lengths):
         reasons = {what.removeprefix("dropped: "): count for what, count in examples.counts().items()}
-        told = "\n".join(
-            f"- {reason}, {count} rows: {DROP_ADVICE[reason]}" for reason, count in reasons.items()
-        )
-        raise DataError(
-            f"source_config: every one of the {len(rows)} rows was dropped, nothing is written:\n{told}"
-        )
+        told = "\n".join(f"- {reason}, {count} rows: {DROP_ADVICE[reason]}" for reason, count in reasons.items())
+        raise DataError(f"source_config: every one of the {len(rows)} rows was dropped, nothing is written:\n{told}")
     return examples

@@ -36,17 +36,13 @@ class Packing:
             yield self.examples[start:end]
 
 
-def pack_examples(
-    lengths: Ints, *, chunksize: int, is_packed: bool = True, seed: int | None = None
-) -> Packing:
+def pack_examples(lengths: Ints, *, chunksize: int, is_packed: bool = True, seed: int | None = None) -> Packing:
     """Blocks of at most `chunksize` tokens, in the order of their first example, or shuffled with `seed`.
 
     Best-fit decreasing: the longest example first, each into the fullest block that still takes it. `is_packed=False`
     gives every example its own block. All lengths must be 1 to `chunksize`.
     """
-    assert not len(lengths) or (lengths.min() > 0 and lengths.max() <= chunksize), (
-        "encode drops what does not fit"
-    )
+    assert not len(lengths) or (lengths.min() > 0 and lengths.max() <= chunksize), "encode drops what does not fit"
     block_of = _best_fit_decreasing(lengths, chunksize) if is_packed else np.arange(len(lengths))
     order = np.argsort(block_of, kind="stable")
     sizes = np.bincount(block_of)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm.serving_template import serving_template
-from llm.terminal import console, print_table
+from llm.terminal import print_table
 from llm.training.config import DataPrepConfig, MethodConfig
 from llm.training.prep.encode import DROP_ADVICE, Encoder
 from llm.training.prep.manifest import FORMAT_VERSION, Manifest, Sample
@@ -46,9 +46,7 @@ def make_manifest(config: DataPrepConfig, encoder: Encoder, examples: Examples, 
         chunksize=config.chunksize,
         ignore_index=config.ignore_index,
         seed=config.seed,
-        versions={
-            name: version(name) for name in ("llm-train", "transformers", "tokenizers", "datasets", "pyarrow")
-        },
+        versions={name: version(name) for name in ("llm-train", "transformers", "tokenizers", "datasets", "pyarrow")},
     )
 
 
@@ -107,13 +105,9 @@ def _counts(examples: Examples, packing: Packing, chunksize: int) -> dict[str, A
 
 
 def _first_rows(ledger: pa.Table, outcome: str) -> list[int]:
-    rows: list[int] = ledger.filter(pc.equal(ledger["reason"], outcome.removeprefix("dropped: ")))[
-        "row"
-    ].to_pylist()
+    rows: list[int] = ledger.filter(pc.equal(ledger["reason"], outcome.removeprefix("dropped: ")))["row"].to_pylist()
     return rows[:5]
 
 
 def _samples(examples: Examples) -> list[Sample]:
-    return [
-        Sample(input=row.input, contexts=list(row.contexts), prompt_ids=ids) for row, ids in examples.samples
-    ]
+    return [Sample(input=row.input, contexts=list(row.contexts), prompt_ids=ids) for row, ids in examples.samples]

@@ -151,9 +151,7 @@ def _check_path(target: Target, overwrite: bool) -> None:
     path = Path(target.path)
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not path.name.strip(".") or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(
-            f"{KEY}: cannot make `{target.path}`: `{parent}` is not a folder that you may write to."
-        )
+        raise ConfigError(f"{KEY}: cannot make `{target.path}`: `{parent}` is not a folder that you may write to.")
     if path.is_dir() and not any(path.iterdir()):
         return
     if any(part.exists() for part in target.parts):

@@ -74,9 +74,7 @@ def _check_names(model: nn.Module, key: str, names: str | Iterable[str] | None) 
     unmatched = [n for n in names if not any(m == n or m.endswith(f".{n}") for m in modules)]
     if unmatched:
         allowed = linear_module_names(model)
-        near = " ".join(
-            did_you_mean(name, {m.rsplit(".", 1)[-1] for m in modules if m}) for name in unmatched
-        )
+        near = " ".join(did_you_mean(name, {m.rsplit(".", 1)[-1] for m in modules if m}) for name in unmatched)
         raise ConfigError(
             f"lora_config.{key}: no module of this model is called {', '.join(f'`{n}`' for n in unmatched)}. "
             f"{near}\nIts linear modules: {', '.join(allowed)}."

@@ -64,9 +64,7 @@ def node_attention(  # noqa: PLR0913 (the library calls it so)
         _refuse_packed(kwargs.get("position_ids"))
         output = _attend(query, key, value, rule)
     else:
-        output = attend_nodes(
-            query, key, value, node_lengths=node_lengths, node_parents=node_parents, rule=rule
-        )
+        output = attend_nodes(query, key, value, node_lengths=node_lengths, node_parents=node_parents, rule=rule)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -98,9 +96,7 @@ def node_paths(node_parents: Sequence[int]) -> list[list[int]]:
     return paths
 
 
-def node_mask(
-    *, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any
-) -> Tensor | None:
+def node_mask(*, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
     """What the model hands to `node_attention` as `attention_mask`, in the signature of
     `AttentionMaskInterface`.
 

@@ -54,8 +54,8 @@ def load_base_model(config: FinetuneConfig) -> PreTrainedModel:
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `base_model`; ConfigError when it cannot be loaded."""
     with _loading_errors(base_model):
-        # type: ignore[no-any-return]
-        return AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+        return tokenizer
 
 
 def resolve_precision(config: FinetuneConfig) -> Precision:
@@ -73,8 +73,8 @@ def resolve_precision(config: FinetuneConfig) -> Precision:
         return Precision(
             weights=torch.float32,
             autocast=autocast,
-            reason="full fine-tuning keeps float32 weights, since bfloat16 rounds away updates below 1/256 of "
-            f"a weight; it computes in {fast} ({reason})",
+            reason="full fine-tuning keeps float32 weights, since bfloat16 rounds away updates below 1/256 "
+            f"of a weight; it computes in {fast} ({reason})",
         )
     return Precision(weights=fast, autocast=autocast, reason=reason)
 

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or do not count: stage 8 of the road.
 
-Trainer writes straight into `checkpoint-N`; a kill leaves half of it, and Trainer would resume from it or stop for
-ever. So each gets a manifest of sizes and hashes, written last, and only one that still matches is resumed from.
+Trainer writes straight into `checkpoint-N`; a kill leaves half of it, and Trainer would resume from it or
+stop for ever. So each gets a manifest of sizes and hashes, written last, and only one that still matches is
+resumed from.
 
     local_output/checkpoint-10/            whole: has a manifest.json that matches
     local_output/checkpoint-15.damaged/    was not whole when a run started; never deleted, never loaded
@@ -10,18 +11,18 @@ ever. So each gets a manifest of sizes and hashes, written last, and only one th
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from llm.errors import CheckpointError, LlmTrainError
 from llm.training.tune.whole_folder import (
@@ -49,7 +50,7 @@ class Mirror(Protocol):
 
 
 def list_checkpoints(local_output: str) -> list[tuple[int, str]]:
-    """(step, path) of every `checkpoint-N` folder, whole or not, newest first; none when there is no folder."""
+    """(step, path) of every `checkpoint-N` folder, whole or not, newest first."""
     if not os.path.isdir(local_output):
         return []
     found = [(CHECKPOINT.fullmatch(entry.name), entry) for entry in os.scandir(local_output)]
@@ -72,20 +73,13 @@ def newest_whole_checkpoint(local_output: str) -> str | None:
     return None
 
 
-def is_finished(checkpoint: str) -> bool:
-    """Whether training had reached its last step: Trainer would train one more when it resumes from here."""
-    with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-        state = json.load(file)
-    return bool(state["global_step"] >= state["max_steps"])
-
-
 class CheckpointCallback(TrainerCallback):
-    """Makes the checkpoints of a Trainer whole, rotates them, and refuses to save weights that are not finite.
+    """Makes the checkpoints of a Trainer whole, rotates them, and never lets NaN or infinity be saved.
 
-    `save_total_limit` whole ones are kept (None: all); the Trainer's own `save_total_limit` must be None, since it
-    rotates before the new checkpoint is whole. `run` is written into each manifest. `mirror` is asked for a copy
-    after each. Put it after every callback that may ask for a save. Raises LlmTrainError for NaN or infinity, and
-    CheckpointError when the disk is full.
+    `save_total_limit` whole ones are kept (None: all); the Trainer's own `save_total_limit` must be None,
+    since it rotates before the new checkpoint is whole. `run` is written into each manifest. `mirror` is
+    asked for a copy after each. Put it after every callback that may ask for a save. Raises LlmTrainError for
+    NaN or infinity, and CheckpointError when the disk is full.
     """
 
     def __init__(
@@ -99,12 +93,13 @@ class CheckpointCallback(TrainerCallback):
         self.run = run or {}
         self.mirror = mirror
         self._saving: str | None = None  # the folder that Trainer is about to write or writes
+        self._saved_step: int | None = None
         self._last_size_bytes = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Clears the folder for this run: ends deletions that were cut short, sets later checkpoints aside."""
+        """Makes the folder ready: ends deletions that were cut short, sets later checkpoints aside."""
         assert args.save_total_limit is None, "rotation is ours: give Trainer save_total_limit=None"
         if not args.should_save or not os.path.isdir(str(args.output_dir)):
             return
@@ -118,50 +113,44 @@ class CheckpointCallback(TrainerCallback):
                 logger.warning("This run starts at step %d: %s is kept as %s", state.global_step, later, aside)
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: torch.nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stops before NaN or infinity reaches the weights."""
         if args.fp16:  # infinity is normal here: the gradient scaler skips such a step
             return
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        parameters = kwargs["model"].named_parameters()
+        gradients = {name: p.grad for name, p in parameters if p.grad is not None}
         # The largest entry, not the root of the sum of squares: that one can overflow with finite gradients.
         if not torch.nn.utils.get_total_norm(gradients.values(), norm_type=float("inf")).isfinite():
-            lr = kwargs["lr_scheduler"].get_last_lr()[0] if kwargs.get("lr_scheduler") else args.learning_rate
+            rate = kwargs["lr_scheduler"].get_last_lr()[0]
             raise LlmTrainError(
-                f"Step {state.global_step + 1}: the gradient of `{_first_not_finite(gradients)}` is not finite (learning "
-                f"rate {lr:.3g}). The weights were not changed; {_what_is_safe(args)}. Lower "
-                "`training_arguments: learning_rate`, or look for a block without a trained token."
+                f"Step {state.global_step + 1}: the gradient of `{_first_not_finite(gradients)}` is not "
+                f"finite (learning rate {rate:.3g}). The weights were not changed; {_what_is_safe(args)}. "
+                "Lower `training_arguments: learning_rate`, or look for a block without a trained token."
             )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Checks weights and disk when Trainer is about to save."""
         if control.should_save:
             self._prepare_save(args, state, kwargs["model"], kwargs.get("optimizer"))
 
-    on_evaluate = on_step_end  # a signal during evaluation asks for a save there
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As `on_step_end`: a signal asks for a save here, `save_strategy: best` right after."""
+        if control.should_save or args.save_strategy == SaveStrategy.BEST:
+            self._prepare_save(args, state, kwargs["model"], kwargs.get("optimizer"))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """As `on_step_end`; a step that is already saved whole is not written again over itself."""
-        folder = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
-        if control.should_save and os.path.isfile(os.path.join(folder, MANIFEST)):
+        """As `on_step_end`; a step that was saved already is not written again over itself."""
+        if self._saved_step == state.global_step:
             control.should_save = False
         self.on_step_end(args, state, control, **kwargs)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Makes the new checkpoint whole, then rotates, then asks for a copy."""
         PartialState().wait_for_everyone()  # other ranks may still write their RNG state
+        self._saved_step = state.global_step  # on every rank: they must ask for the same saves
         if not args.should_save:
             return
         folder = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
@@ -180,16 +169,17 @@ class CheckpointCallback(TrainerCallback):
             yield
         except LlmTrainError:
             raise
-        except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError, as the file is
+        except Exception as error:
+            # A full disk is an OSError, a RuntimeError or a SafetensorError: it depends on the file.
             if self._saving is None or not os.path.isdir(self._saving):
                 raise
             written = sum(path.stat().st_size for path in Path(self._saving).rglob("*") if path.is_file())
             shutil.rmtree(self._saving)  # began in this process, in a folder that was not there
             free = shutil.disk_usage(os.path.dirname(self._saving)).free
             raise CheckpointError(
-                f"`{self._saving}` could not be written ({error}); {_mib(written)} had been, {_mib(free)} are free now. "
-                "The unfinished folder was removed, earlier checkpoints are untouched. Make room and run the same "
-                "command: it goes on from the newest whole checkpoint."
+                f"`{self._saving}` could not be written ({error}); {_mib(written)} had been, {_mib(free)} "
+                "are free now. The unfinished folder was removed, earlier checkpoints are untouched. Make "
+                "room and run the same command: it goes on from the newest whole checkpoint."
             ) from error
 
     def _prepare_save(
@@ -198,8 +188,8 @@ class CheckpointCallback(TrainerCallback):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not all(parameter.isfinite().all() for parameter in trained.values()):
             raise LlmTrainError(
-                f"Step {state.global_step}: the weight `{_first_not_finite(trained)}` is not finite, so it is not saved; "
-                f"{_what_is_safe(args)}. Lower `training_arguments: learning_rate`."
+                f"Step {state.global_step}: the weight `{_first_not_finite(trained)}` is not finite, so it "
+                f"is not saved; {_what_is_safe(args)}. Lower `training_arguments: learning_rate`."
             )
         if not args.should_save:
             return
@@ -214,15 +204,16 @@ class CheckpointCallback(TrainerCallback):
         free_bytes = shutil.disk_usage(str(args.output_dir)).free
         if free_bytes < needed_bytes:
             raise CheckpointError(
-                f"`{args.output_dir}` has {_mib(free_bytes)} free, the next checkpoint needs {_mib(needed_bytes)}; "
-                f"nothing was written, {_what_is_safe(args)}. Make room, or lower `save_total_limit`, and run the same "
-                "command: it goes on from there."
+                f"`{args.output_dir}` has {_mib(free_bytes)} free, the next checkpoint needs "
+                f"{_mib(needed_bytes)}; nothing was written, {_what_is_safe(args)}. Make room, or lower "
+                "`save_total_limit`, and run the same command: it goes on from there."
             )
 
     def _rotate(self, args: TrainingArguments, state: TrainerState) -> None:
         if not self.save_total_limit or self.save_total_limit < 1:
             return
-        whole = [p for _, p in list_checkpoints(str(args.output_dir)) if not find_damage(p, check_hashes=False)]
+        found = [path for _, path in list_checkpoints(str(args.output_dir))]
+        whole = [path for path in found if find_damage(path, check_hashes=False) is None]
         best = state.best_model_checkpoint and os.path.realpath(state.best_model_checkpoint)
         in_use = self.mirror and self.mirror.uploading and os.path.realpath(self.mirror.uploading)
         for path in whole[self.save_total_limit :]:
@@ -235,7 +226,7 @@ def _wrong_step(path: str, step: int) -> str | None:
     return None if recorded == step else f"its manifest is that of step {recorded}"
 
 
-def _first_not_finite(tensors: dict[str, torch.Tensor]) -> str:
+def _first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str:
     return next(name for name, tensor in tensors.items() if not tensor.isfinite().all())
 
 
@@ -247,11 +238,12 @@ def _what_is_safe(args: TrainingArguments) -> str:
 
 
 def _warn_of_missing_ranks(folder: str, args: TrainingArguments) -> None:
-    absent = [r for r in range(args.world_size) if not os.path.isfile(os.path.join(folder, f"rng_state_{r}.pth"))]
+    ranks = range(args.world_size)
+    absent = [rank for rank in ranks if not os.path.isfile(os.path.join(folder, f"rng_state_{rank}.pth"))]
     if args.world_size > 1 and absent and not args.save_only_model:
         logger.warning(
-            "%s has no RNG state of the ranks %s: `local_output` is not shared by all machines, so a resumed run "
-            "differs from an unbroken one",
+            "%s has no RNG state of the ranks %s: `local_output` is not shared by all machines, so a "
+            "resumed run differs from an unbroken one",
             folder,
             absent,
         )

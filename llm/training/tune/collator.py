@@ -34,12 +34,8 @@ def flatten_blocks(blocks: Sequence[Block]) -> Batch:
         offset = len(parents)
         parents.extend(int(p) + offset if p >= 0 else -1 for p in block["node_parents"])
     return {
-        "input_ids": _flat(
-            [block["input_ids"][:length] for block, length in zip(blocks, lengths, strict=True)]
-        ),
-        "position_ids": _flat(
-            [block["position_ids"][:length] for block, length in zip(blocks, lengths, strict=True)]
-        ),
+        "input_ids": _flat([block["input_ids"][:length] for block, length in zip(blocks, lengths, strict=True)]),
+        "position_ids": _flat([block["position_ids"][:length] for block, length in zip(blocks, lengths, strict=True)]),
         "labels": _flat(labels),
         "node_lengths": [int(length) for block in blocks for length in block["node_lengths"]],
         "node_parents": parents,

@@ -104,9 +104,7 @@ def check_data(blocks: Blocks, model: PreTrainedModel) -> bool:
     return any(fact.is_packed for fact in facts)
 
 
-def check_tokenizer(
-    manifest: Manifest, tokenizer: PreTrainedTokenizerBase, *, key: str, allow_mismatch: bool
-) -> None:
+def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase, *, key: str, allow_mismatch: bool) -> None:
     """DataError when another tokenizer made the blocks; with `allow_mismatch` a warning."""
     found = tokenizer_fingerprint(tokenizer)
     if found == manifest.tokenizer_fingerprint:
@@ -117,9 +115,7 @@ def check_tokenizer(
         f"`base_model` has the tokenizer {found}: the same ids mean other words."
     )
     if not allow_mismatch:
-        raise DataError(
-            f"{text} Run dataprep with this `base_model`, or write `allow_tokenizer_mismatch: true`."
-        )
+        raise DataError(f"{text} Run dataprep with this `base_model`, or write `allow_tokenizer_mismatch: true`.")
     logger.warning("%s Going on, as `allow_tokenizer_mismatch` says.", text)
 
 
@@ -164,9 +160,7 @@ class _Blocks:
         self._refuse_nodes(self.parents >= node_in_block, "a node of `node_parents` comes before its parent")
         skipped = np.repeat(_starts(self.sizes) - _starts(node_tokens), self.num_nodes).astype(np.int64)
         is_label = self.labels[_starts(self.nodes) + skipped] >= 0
-        self._refuse_nodes(
-            is_label, "the first token of a node is a label, which no token of its node predicts"
-        )
+        self._refuse_nodes(is_label, "the first token of a node is a label, which no token of its node predicts")
 
     def check_limits(self, model: PreTrainedModel) -> None:
         """DataError for ids and positions that the model does not have."""
@@ -195,9 +189,7 @@ class _Blocks:
 
     def _refuse_nodes(self, is_wrong: npt.NDArray[np.bool_], reason: str) -> None:
         if is_wrong.any():
-            raise self._error(
-                int(np.repeat(np.arange(len(self.num_nodes)), self.num_nodes)[is_wrong.argmax()]), reason
-            )
+            raise self._error(int(np.repeat(np.arange(len(self.num_nodes)), self.num_nodes)[is_wrong.argmax()]), reason)
 
     def _error(self, block: int, reason: str) -> DataError:
         return DataError(f"{self._key}, block {self._first + block}: {reason}. Run dataprep again.")

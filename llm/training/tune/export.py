@@ -3,8 +3,8 @@
     final_output/   adapter (or model), tokenizer, chat template, generation_config.json,
                     run.json (what made it), README.md, manifest.json (sizes and hashes)
 
-Before anything is written, the exported chat template must give, for the sample rows of the prepared data, the very
-ids that were trained.
+Before anything is written, the exported chat template must give, for the sample rows of the prepared data,
+the very ids that were trained.
 """
 
 import copy
@@ -43,9 +43,9 @@ def export_model(
 ) -> str:
     """The path of `local_output/final_output`, which is replaced as a whole.
 
-    `base_model` is what the user wrote, `run` what `run.json` records besides data and versions (the resolved config:
-    without secrets). CheckpointError when the exported prompt is not the trained one; then nothing is written. Call it
-    on rank 0 only.
+    `base_model` is what the user wrote, `run` what `run.json` records besides data and versions (the resolved
+    config: without secrets). CheckpointError when the exported prompt is not the trained one; then nothing is
+    written. Call it on rank 0 only.
     """
     exported = copy.deepcopy(tokenizer)
     if manifest is not None:
@@ -81,7 +81,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, contexts: list[str
 
 def _check_prompt(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> None:
     where = f"the exported chat template, for the input {sample.input[:60]!r}"
-    remedy = "Nothing was exported; the checkpoints are untouched. Prepare the data again with this version of llm-train."
+    remedy = "Nothing was exported, the checkpoints are untouched. Prepare the data again with this llm-train."
     try:
         served = prompt_ids(tokenizer, sample.input, sample.contexts)
     except (ValueError, jinja2.TemplateError) as error:  # no template, or one that refuses
@@ -106,7 +106,7 @@ def _save_weights(model: PreTrainedModel | PeftModel, folder: Path, base_model: 
     if isinstance(model, PeftModel):
         for config in model.peft_config.values():
             config.base_model_name_or_path = base_model  # not the cache folder that it was loaded from
-        # False: we never resize embeddings, and to find that out peft would ask the hub for the base's config.
+        # We never resize embeddings; to find that out, peft would ask the hub for the base's config.
         model.save_pretrained(str(folder), save_embedding_layers=False)
     else:
         model.save_pretrained(str(folder))
@@ -115,14 +115,18 @@ def _save_weights(model: PreTrainedModel | PeftModel, folder: Path, base_model: 
 def _generation_config(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, manifest: Manifest | None
 ) -> GenerationConfig:
-    """The base model's own, that stops at the trained stop token too, and decodes greedily unless it says otherwise."""
-    base = getattr(model.get_base_model() if isinstance(model, PeftModel) else model, "generation_config", None)
+    """The base model's own, that stops at the trained stop token too, and decodes greedily unless it says
+    otherwise.
+    """
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = getattr(plain, "generation_config", None)
     config = copy.deepcopy(base) if base is not None else GenerationConfig()
     own = config.eos_token_id if config.eos_token_id is not None else []
     stops = ([manifest.stop_token_id] if manifest else []) + (list(own) if isinstance(own, list) else [own])
     config.eos_token_id = list(dict.fromkeys(stops)) or tokenizer.eos_token_id
     if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), None)
+        has_pad = tokenizer.pad_token_id is not None
+        config.pad_token_id = tokenizer.pad_token_id if has_pad else next(iter(stops), None)
     if not config.do_sample:
         for name in SAMPLING:
             setattr(config, name, None)
@@ -150,18 +154,18 @@ def _write_readme(folder: Path, base_model: str, *, is_adapter: bool) -> None:
     """Over peft's model card, which is a form of empty headings and cannot be turned off."""
     load = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
     text = (
-        f"# {'Adapter' if is_adapter else 'Model'} tuned from {base_model}\n\n"
-        f"Made by llm-train. Load it with `{load}.from_pretrained(this_folder)` and its tokenizer with\n"
-        "`AutoTokenizer.from_pretrained(this_folder)`; the chat template makes the prompts that were trained (contexts "
-        "go in\nas `documents=[{'text': ...}]`). `run.json` says which data, settings and versions made it; "
-        "`manifest.json` holds\nsizes and hashes of the files. What it does well or badly was not written down: "
-        "evaluate it before use.\n"
+        f"# {'Adapter' if is_adapter else 'Model'} tuned from {base_model}\n\nMade by llm-train. Load it "
+        f"with `{load}.from_pretrained(this_folder)` and its tokenizer "
+        "with\n`AutoTokenizer.from_pretrained(this_folder)`; the chat template makes the prompts that were "
+        f"trained (contexts go in\nas `documents=[{{'text': ...}}]`). `run.json` says which data, settings "
+        "and versions made it; `manifest.json` holds\nsizes and hashes of the files. What it does well or "
+        "badly was not written down: evaluate it before use.\n"
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _apply_umask(folder: Path) -> None:
-    """Gives every file the mode that the umask asks for: safetensors makes them readable by the owner only."""
+    """Gives every file the mode of the umask: safetensors makes them readable by the owner only."""
     mode = folder.stat().st_mode & 0o666  # `mkdir` applied the umask
     for path in folder.rglob("*"):
         if path.is_file():

@@ -44,9 +44,7 @@ def check_isolation(model: PreTrainedModel) -> float:
         model.train(was_training)
     difference = max(_relative_difference(a, b) for a, b in zip(packed, separate, strict=True))
     if not difference <= TOLERANCES.get(model.dtype, LOW_PRECISION_TOLERANCE):
-        raise _refusal(
-            model, f"their logits differ from those of separate examples by {difference:.2g} (relative)"
-        )
+        raise _refusal(model, f"their logits differ from those of separate examples by {difference:.2g} (relative)")
     return difference
 
 

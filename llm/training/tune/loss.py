@@ -16,9 +16,7 @@ from llm.training.tune.collator import IGNORE_INDEX, Batch
 NOT_FOR_THE_MODEL = ("labels", "num_block_labels")
 
 
-def token_losses(
-    model: nn.Module, batch: Batch, *, has_logits_to_keep: bool, label_smoothing: float = 0.0
-) -> Tensor:
+def token_losses(model: nn.Module, batch: Batch, *, has_logits_to_keep: bool, label_smoothing: float = 0.0) -> Tensor:
     """The cross entropy of each trained token, float32 (labels,), in the order of the batch; it has a
     gradient.
 

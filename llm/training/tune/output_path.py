@@ -1,7 +1,8 @@
-"""The copy of `local_output` at one output path: bringing it up to date, checking it, fetching a checkpoint back.
+"""The copy of `local_output` at one output path: bringing it up to date, checking it, fetching a checkpoint
+back.
 
-What we wrote is listed with sizes and hashes in `INDEX`: so a changed file of the same size is seen, and nothing else
-is ever deleted. Of a whole folder the manifest arrives last and goes first.
+What we wrote is listed with sizes and hashes in `INDEX`: so a changed file of the same size is seen, and
+nothing else is ever deleted. Of a whole folder the manifest arrives last and goes first.
 """
 
 import hashlib
@@ -37,7 +38,8 @@ READ_BACK_BYTES = 64 * 2**20  # larger files are verified by size: reading them 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What is copied as one: a whole folder (`marker` is its manifest), or the run's other files (`name` is empty).
+    """What is copied as one: a whole folder (`marker` is its manifest), or the run's other files (`name` is
+    empty).
 
     Names of files are relative to `local_output`: `checkpoint-10/optimizer.pt`.
     """
@@ -54,7 +56,8 @@ class Part:
 def plan_parts(local_output: str) -> list[Part]:
     """The parts of `local_output` as it is now: checkpoints (newest first), `final_output`, other files.
 
-    Left out: folders that are not whole, links, `training_args.bin`, and what we keep aside or have not finished.
+    Left out: folders that are not whole, links, `training_args.bin`, and what we keep aside or have not
+    finished.
     """
     folders = [os.path.basename(path) for _, path in list_checkpoints(local_output)] + [FINAL_OUTPUT]
     parts = [part for name in folders if (part := _whole_part(local_output, name))]
@@ -126,7 +129,9 @@ class OutputPath:
         return sorted((step for step in steps if newest is None or step <= newest), reverse=True)
 
     def fetch(self, step: int, local_output: str) -> str | None:
-        """Copies `checkpoint-<step>` into `local_output` and verifies it: its path, or None when it is not whole."""
+        """Copies `checkpoint-<step>` into `local_output` and verifies it: its path, or None when it is not
+        whole.
+        """
         name = f"checkpoint-{step}"
         aside = Path(local_output, f".{name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
@@ -193,7 +198,8 @@ class OutputPath:
     def _delete_rotated(self, steps: list[int], index: dict[str, Any]) -> None:
         newest, files = max(steps), index["files"]
         owned = {name: CHECKPOINT.fullmatch(name.split("/")[0]) for name in files}
-        gone = [n for n, match in owned.items() if match and int(match[1]) < newest and int(match[1]) not in steps]
+        owned_steps = {name: int(match[1]) for name, match in owned.items() if match}
+        gone = [name for name, step in owned_steps.items() if step < newest and step not in steps]
         for name in sorted(gone, key=lambda name: not name.endswith(f"/{MANIFEST}")):  # the manifests first
             self.store.delete(name)
             del files[name]
@@ -201,9 +207,7 @@ class OutputPath:
             index["newest"] = newest
             self._write_index(index)
 
-    def _why_wrong(
-        self, name: str, fact: FileFact, sizes: dict[str, int], files: dict[str, Any]
-    ) -> str | None:
+    def _why_wrong(self, name: str, fact: FileFact, sizes: dict[str, int], files: dict[str, Any]) -> str | None:
         if name not in sizes:
             return "absent"
         if sizes[name] != fact.size:

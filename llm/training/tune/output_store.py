@@ -1,7 +1,7 @@
 """The files of one output path, any fsspec URL: reading and writing them, with retries.
 
-Names are relative to the path: `checkpoint-10/optimizer.pt`. A file on a local file system is written aside and
-renamed; object stores put an object as a whole by themselves.
+Names are relative to the path: `checkpoint-10/optimizer.pt`. A file on a local file system is written aside
+and renamed; object stores put an object as a whole by themselves.
 """
 
 import logging
@@ -40,8 +40,8 @@ class OutputStore:
         self._jitter = random.Random()
         if urlsplit(url).password:
             raise ConfigError(
-                f"`additional_output_paths` holds a URL with a password (host {urlsplit(url).hostname}): it would get "
-                "into logs and run records. Use the credential chain of the file system instead."
+                f"`additional_output_paths` holds a URL with a password (host {urlsplit(url).hostname}): it "
+                "would get into logs and run records. Use the credential chain of the file system instead."
             )
         try:
             self.fs, root = fsspec.core.url_to_fs(url)
@@ -68,8 +68,8 @@ class OutputStore:
         except Exception as error:  # each file system has its own error classes
             raise CheckpointError(
                 f"`additional_output_paths`: a file in `{self.url}` cannot be {step} "
-                f"({type(error).__name__}: {error}). Check that the place exists and that the credentials allow to "
-                "write, read and delete there, or take the path out of the list."
+                f"({type(error).__name__}: {error}). Check that the place exists and that the credentials "
+                "allow to write, read and delete there, or take the path out of the list."
             ) from error
 
     def put(self, source: Path, name: str) -> None:
@@ -96,7 +96,9 @@ class OutputStore:
         self.retry(lambda: self.fs.get_file(self.path(name), str(target)))
 
     def delete(self, name: str) -> None:
-        """Deletes the file `name`, if it is there, and on local file systems the folders that it leaves empty."""
+        """Deletes the file `name`, if it is there, and on local file systems the folders that it leaves
+        empty.
+        """
         try:
             self.retry(lambda: self.fs.rm_file(self.path(name)))
         except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Copies of `local_output` at every output path, kept up in the background: stage 8 of the road.
 
-Takes whole checkpoints, `final_output` and the run's other files; a copy that cannot be made never stops training, is
-tried again at the next checkpoint, and is the end's error if it is still not complete.
+Takes whole checkpoints, `final_output` and the run's other files; a copy that cannot be made never stops
+training, is tried again at the next checkpoint, and is the end's error if it is still not complete.
 """
 
 import logging
@@ -19,12 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class OutputSync:
-    """The copies of `local_output` at `output_paths` (fsspec URLs or folders); for rank 0, others give no paths.
+    """The copies of `local_output` at `output_paths` (fsspec URLs or folders); for rank 0, others give no
+    paths.
 
-    `probe()` before the weights load, `restore()` before resuming, `sync()` after each checkpoint, `close()` at the
-    end; in a `with` block an error inside still copies what is whole, and stays the error that is told.
-    ConfigError when a path is `local_output`, inside or above it, or another path; MissingExtraError when a file
-    system's package is absent.
+    `probe()` before the weights load, `restore()` before resuming, `sync()` after each checkpoint, `close()`
+    at the end. In a `with` block the end closes; after an error what was asked for is still copied, and the
+    error stays. ConfigError when a path is `local_output`, inside or above it, or another path;
+    MissingExtraError when a file system's package is absent.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class OutputSync:
     ) -> None:
         if error is None:
             self.close()
-        elif isinstance(error, Exception):  # not after a second Ctrl-C: that stops at once
+        elif self._thread and isinstance(error, Exception):  # a second Ctrl-C stops at once
             try:
                 self.close()
             except CheckpointError as copy_error:
@@ -60,15 +61,16 @@ class OutputSync:
         return self._uploading
 
     def probe(self) -> None:
-        """Writes, reads and deletes a small file at each path; CheckpointError names the path and the reason."""
+        """Writes, reads and deletes a small file at each path; CheckpointError says where that fails and why."""
         for path in self._paths:
             path.store.probe()
 
     def restore(self) -> str | None:
-        """The newest whole checkpoint of `local_output`; if it has none, of the output paths, fetched and verified.
+        """The newest whole checkpoint of `local_output`; if it has none, of the output paths, fetched and
+        verified.
 
-        None when there is none anywhere. CheckpointError when a path cannot be read: a run must not start anew only
-        because a network is down.
+        None when there is none anywhere. CheckpointError when a path cannot be read: a run must not start
+        anew only because a network is down.
         """
         local = newest_whole_checkpoint(self.local_output)
         if local or not self._paths:
@@ -109,7 +111,8 @@ class OutputSync:
         if problems:
             raise CheckpointError(
                 f"`{self.local_output}` is complete, its copy is not:\n" + "\n".join(problems) + "\nRun the same "
-                "command again once the path can be written: it goes on from the last checkpoint and ends the copy."
+                "command again once the path can be written: it goes on from the last checkpoint and ends "
+                "the copy."
             )
 
     def _work(self) -> None:
@@ -128,8 +131,8 @@ class OutputSync:
         except Exception as error:  # each file system has its own error classes; training must go on
             self.failures += 1
             logger.warning(
-                "Copy to %s failed (%s: %s), failure %d of this run. Training goes on; the copy is tried again at the "
-                "next checkpoint.",
+                "Copy to %s failed (%s: %s), failure %d of this run. Training goes on; the copy is tried "
+                "again at the next checkpoint.",
                 path.store.url,
                 type(error).__name__,
                 error,
@@ -169,9 +172,9 @@ def _list_steps(path: OutputPath) -> list[int]:
 
 def _cannot_read(path: OutputPath, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"`{path.store.url}` cannot be read ({type(error).__name__}: {error}), and `local_output` holds no whole "
-        "checkpoint: it is not known whether there is one to go on from. Try again, or take the path out of "
-        "`additional_output_paths`, or set `resume_from_checkpoint: false` to start anew."
+        f"`{path.store.url}` cannot be read ({type(error).__name__}: {error}), and `local_output` holds no "
+        "whole checkpoint: it is not known whether there is one to go on from. Try again, or take the path "
+        "out of `additional_output_paths`, or set `resume_from_checkpoint: false` to start anew."
     )
 
 
@@ -184,7 +187,8 @@ def _refuse_overlap(local_output: str, stores: list[OutputStore]) -> None:
         for other, other_scheme, other_place in places:
             if scheme == other_scheme and (place.is_relative_to(other_place) or other_place.is_relative_to(place)):
                 raise ConfigError(
-                    f"`additional_output_paths`: `{store.url}` is the same place as {other}, or one is inside the "
-                    f"other ({place}, {other_place}): a copy would hold itself. Write a folder beside it."
+                    f"`additional_output_paths`: `{store.url}` is the same place as {other}, or one is "
+                    f"inside the other ({place}, {other_place}): a copy would hold itself. Write a folder "
+                    "beside it."
                 )
         places.append((f"`{store.url}`", scheme, place))

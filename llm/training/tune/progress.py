@@ -69,9 +69,7 @@ class ProgressCallback(TrainerCallback):
             self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, facts="")
             self._bar.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves the bar."""
         if self._bar:
             self._bar.update(self._task, completed=state.global_step)

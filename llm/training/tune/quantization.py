@@ -37,9 +37,7 @@ def quantization_config(config: FinetuneConfig) -> BitsAndBytesConfig | None:
     try:
         return BitsAndBytesConfig(**settings)
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"quantization_config: BitsAndBytesConfig does not take {settings}: {error}"
-        ) from error
+        raise ConfigError(f"quantization_config: BitsAndBytesConfig does not take {settings}: {error}") from error
 
 
 def _settings(config: FinetuneConfig) -> dict[str, Any]:
@@ -52,7 +50,5 @@ def _settings(config: FinetuneConfig) -> dict[str, Any]:
 def _dtype(key: str, value: Any) -> torch.dtype:
     name = DTYPES.get(str(value), "")
     if name in ("", "auto"):
-        raise ConfigError(
-            f"quantization_config.{key}: no dtype `{value}`. Write bfloat16, float16 or float32."
-        )
+        raise ConfigError(f"quantization_config.{key}: no dtype `{value}`. Write bfloat16, float16 or float32.")
     return getattr(torch, name)  # type: ignore[no-any-return]

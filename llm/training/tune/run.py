@@ -23,11 +23,10 @@ def run_training(
     save_total_limit: int | None,
     run: dict[str, Any],
 ) -> SignalCallback:
-    """Trains `model` from `checkpoint` (None: from the start) to the end, and evaluates; tells whether a signal ended
-    it.
+    """Whether a signal ended the training of `model`, which went from `checkpoint` (None: anew) to its end.
 
-    `run` is what each checkpoint records of the run. When `checkpoint` is the last one, only its weights are
-    loaded.
+    A whole run ends with an evaluation. `run` is what each checkpoint records of the run.
+    When `checkpoint` is the last one, only its weights are loaded.
     """
     signals, progress = SignalCallback(), ProgressCallback()
     checkpoints = CheckpointCallback(save_total_limit=save_total_limit, run=run, mirror=mirror)

@@ -17,10 +17,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class SignalCallback(TrainerCallback):
     """On SIGTERM or the first Ctrl-C: the step (or evaluation) is finished and saved, and training stops.
 
-    `interrupted` is then the signal, `exit_code` what the process should end with, `message` the line to print. All
-    ranks stop at the same step. A second Ctrl-C raises KeyboardInterrupt at once. Handlers are set while training runs
-    and put back afterwards; `with signals:` around `trainer.train()` puts them back after an error too. Put it before
-    `CheckpointCallback`.
+    `interrupted` is then the signal, `exit_code` what the process should end with, `message` the line to
+    print. All ranks stop at the same step. A second Ctrl-C raises KeyboardInterrupt at once. Handlers are set
+    while training runs and put back afterwards; `with signals:` around `trainer.train()` puts them back after
+    an error too. Put it before `CheckpointCallback`.
     """
 
     def __init__(self) -> None:
@@ -50,17 +50,16 @@ class SignalCallback(TrainerCallback):
         """Sets the handlers, unless `with` did."""
         self._set_handlers()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a save and the end of training when any rank had a signal."""
         self.interrupted = self.interrupted or self._agree()
         if self.interrupted:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # the grace period may be short: the save comes first
+            checkpoint = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
             self.message = (
-                f"Interrupted by {self.interrupted.name} at step {state.global_step} of {state.max_steps}: run the same "
-                f"command to go on from {os.path.join(str(args.output_dir), f'checkpoint-{state.global_step}')}."
+                f"Interrupted by {self.interrupted.name} at step {state.global_step} of {state.max_steps}: "
+                f"run the same command to go on from {checkpoint}."
             )
 
     on_evaluate = on_step_end  # a save comes right after an evaluation, too
@@ -94,6 +93,7 @@ class SignalCallback(TrainerCallback):
         """The signal that any rank received: all ranks must save and stop at the same step."""
         if PartialState().num_processes == 1:
             return self._received
-        flags = torch.tensor([int(self._received is number) for number in SIGNALS], device=PartialState().device)
+        received = [int(self._received is number) for number in SIGNALS]
+        flags = torch.tensor(received, device=PartialState().device)
         votes = reduce(flags, "sum").tolist()
         return next((number for number, count in zip(SIGNALS, votes, strict=True) if count), None)

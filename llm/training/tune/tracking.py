@@ -112,6 +112,5 @@ def _check_tracker(name: str, *, key: str) -> None:
         raise ConfigError(f"{key}: no tracker `{name}`. {did_you_mean(name, TRACKERS)}")
     if find_spec(TRACKERS[name].package) is None:
         raise MissingExtraError(
-            f"{key}: `{name}` is not installed: pip install {TRACKERS[name].package}. `report_to: none` "
-            "trains without."
+            f"{key}: `{name}` is not installed: pip install {TRACKERS[name].package}. `report_to: none` trains without."
         )

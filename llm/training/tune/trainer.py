@@ -47,9 +47,9 @@ class BlockTrainer(Trainer):
         """As `Trainer`; `kwargs` are its further arguments. ConfigError when one process has several GPUs."""
         if args.n_gpu > 1:
             raise ConfigError(
-                f"This process sees {args.n_gpu} GPUs and would cut blocks in pieces. Start one process a GPU: "
-                f"torchrun --nproc-per-node {args.n_gpu} llm/training/finetune.py config.yaml, or show it one "
-                "by CUDA_VISIBLE_DEVICES=0."
+                f"This process sees {args.n_gpu} GPUs and would cut blocks in pieces. Start one per GPU "
+                f"(torchrun --nproc-per-node {args.n_gpu} llm/training/finetune.py config.yaml), or show it "
+                "only one (CUDA_VISIBLE_DEVICES=0)."
             )
         super().__init__(
             model=model,
@@ -165,9 +165,7 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
             "bf16": precision.autocast is torch.bfloat16,
             "fp16": precision.autocast is torch.float16,
         }
-    arguments = (
-        tracking_arguments(config) | merged_arguments(config) | autocast | ours | {"save_total_limit": None}
-    )
+    arguments = tracking_arguments(config) | merged_arguments(config) | autocast | ours | {"save_total_limit": None}
     try:
         return TrainingArguments(**arguments)
     except (TypeError, ValueError, ImportError) as error:

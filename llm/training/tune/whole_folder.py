@@ -1,7 +1,7 @@
 """Folders that are whole or do not count: a manifest of sizes and hashes, written last.
 
-Checkpoints (`checkpoints.py`), `final_output` (`export.py`) and their copies (`output_path.py`) are such folders.
-`training_args.bin` is left out of all of it: nothing loads it, and it may hold tokens in clear.
+Checkpoints (`checkpoints.py`), `final_output` (`export.py`) and their copies (`output_path.py`) are such
+folders. `training_args.bin` is left out of all of it: nothing loads it, and it may hold tokens in clear.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def write_folder_manifest(folder: str, **facts: Any) -> None:
 
 
 def read_folder_manifest(folder: str) -> dict[str, Any]:
-    """The manifest of `folder`, its `files` as `FileFact`s; Damage when it is absent, unreadable or unsafe."""
+    """The manifest of `folder`, its `files` as `FileFact`s; Damage when absent, unreadable or unsafe."""
     path = Path(folder, MANIFEST)
     try:
         return parse_folder_manifest(path.read_bytes())
@@ -120,7 +120,7 @@ def remove_whole_folder(folder: str) -> None:
 
 
 def swap_folder(new: str, target: str) -> None:
-    """Puts the finished folder `new` where `target` is: whoever looks sees the old one, none, or the new one."""
+    """Puts the finished folder `new` where `target` is: at any moment there is the old one, none, or it."""
     for name in list_files(new):
         fsync(Path(new, name))
     for parent, _, _ in os.walk(new):

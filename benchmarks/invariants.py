@@ -1,0 +1,214 @@
+"""The five invariants (DESIGN 4.2) and the serving template over real tokenizers: rows tried, violations.
+
+    python benchmarks/invariants.py [--rows 1000] [--seed 0] [FOLDER ...]
+
+Each FOLDER holds a tokenizer; default: the quickstart's model. `--rows` are shared out among the formats. The
+oracle is not our code: ids come from the bare `transformers` tokenizer, texts from the untouched row.
+
+    I1  ids before the first label = the tokenizer's ids of the prompt text
+    I2  decoded ids = the rendered text, composed (NFC) where the tokenizer composes; where it gives no text
+        back: the decoded prompt begins the decoded whole
+    I3  the labels are exactly the response and its stop token, which is the last id
+    I4  one range of labels: few-shot examples and contexts have none
+    I5  as many control tokens as the same row has without control-token text
+    serve  `apply_chat_template` with the serving template = the ids before the first label
+"""
+
+import argparse
+import random
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llm.chat_template import ChatTemplateFormat
+from llm.errors import ConfigError, DataError
+from llm.prompt import FewShotQA, Message, Prompt, StandaloneQuestion
+from llm.prompt_format import PromptFormat
+from llm.prompt_registry import PROMPT_FORMATS
+from llm.registry import resolve_method
+from llm.serving_template import serving_template
+from llm.tokenizer import PromptTokenizer
+from llm.training.prep.dataset import Row
+from llm.training.prep.encode import Dropped, Encoder, Example
+
+QUICKSTART_MODEL = ".cache/SmolLM2-135M-Instruct"
+CHECKS = ("I1", "I2", "I3", "I4", "I5", "serve")
+PROMPTS = (
+    Prompt(),
+    Prompt(system_message="Be {brief}.", input_template="Q: {text} ", response_template="A: {text}"),
+    FewShotQA(),
+    StandaloneQuestion(),
+)
+AnyFormat = PromptFormat | ChatTemplateFormat
+ALPHABETS = {
+    "words": string.ascii_letters + "    \n",
+    "code": "def f(x):\n    return {x: [1, 2]}\t# \\n // ;\r\n",
+    "json": '{"key": "Ünï", "n": [1.5e-3, null], "s": "\\u00e9"}\n',
+    "cjk": "日本語中文한국어、。「」 \u3000",
+    "emoji": "😀👩‍👩‍👧🇵🇪👍🏽❤️ a",
+    "marks": "e\u0301a\u0308\u0323न\u093f\u200d\u202e\ufeffﬁ ",
+    "white": " \t\n\r\u00a0\u2028▁  ",
+    "odd": "\x00\x01\x7f\u0085\ufffd\U0010fffd\uf8ffa",
+    "template": "{{ x }}{% if %}{# #}{text}{index}",
+}
+
+
+@dataclass
+class Tally:
+    """What was tried with one format."""
+
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    wrong: Counter[str] = field(default_factory=Counter)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Invariants over real tokenizers")
+    parser.add_argument("folders", nargs="*", default=[QUICKSTART_MODEL])
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    num_wrong = 0
+    print(f"{'tokenizer':<18} {'format':<22} {'rows':>5} {'dropped':>8}", *(f"{c:>5}" for c in CHECKS))
+    for folder in given.folders:
+        bare = AutoTokenizer.from_pretrained(folder)
+        formats = fitting_formats(PromptTokenizer(bare))
+        for name, prompt_format in formats.items():
+            maker = random.Random(f"{given.seed} {name}")
+            tally = tried(bare, prompt_format, maker, num_rows=-(-given.rows // len(formats)))
+            num_wrong += tally.wrong.total()
+            counts = (f"{tally.wrong[check]:>5}" for check in CHECKS)
+            dropped = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.items())
+            print(
+                f"{Path(folder).name:<18} {name:<22} {tally.rows:>5} {tally.dropped.total():>8}",
+                *counts,
+                dropped,
+                flush=True,
+            )
+    print(f"{num_wrong} violations")
+    raise SystemExit(num_wrong > 0)
+
+
+def fitting_formats(tokenizer: PromptTokenizer) -> dict[str, AnyFormat]:
+    """Every known format bound to `tokenizer`; `*`: with its own BOS and EOS, since it lacks the format's."""
+    found: dict[str, AnyFormat] = {}
+    for name in PROMPT_FORMATS:
+        kind = resolve_method(name, PROMPT_FORMATS, key="format")
+        try:
+            found[name] = kind().for_tokenizer(tokenizer)
+        except ConfigError:
+            if kind is not ChatTemplateFormat:
+                kwargs = {"BOS": tokenizer.added_bos, "EOS": tokenizer.eos_token, "stop": tokenizer.eos_token}
+                found[f"{name}*"] = kind(**kwargs).for_tokenizer(tokenizer)
+    return found
+
+
+def tried(bare: PreTrainedTokenizerBase, prompt_format: AnyFormat, maker: random.Random, *, num_rows: int) -> Tally:
+    """`num_rows` random rows through every check."""
+    tally = Tally()
+    tokenizer = PromptTokenizer(bare)
+    encoders = [
+        Encoder(tokenizer=tokenizer, prompt=prompt, prompt_format=prompt_format, max_tokens=10**9) for prompt in PROMPTS
+    ]
+    for number in range(num_rows):
+        encoder = encoders[number % len(encoders)]
+        row = random_row(maker, number, list(tokenizer.control_tokens))
+        tally.rows += 1
+        try:
+            outcome = encoder.encode([row])[0]
+        except DataError:
+            tally.dropped["refused"] += 1
+            continue
+        if isinstance(outcome, Dropped):
+            tally.dropped[outcome.reason] += 1
+        else:
+            tally.wrong.update(violations(row, outcome, encoder, bare))
+    return tally
+
+
+def violations(row: Row, example: Example, encoder: Encoder, bare: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The names of the checks that `example` fails."""
+    message = Message(row.input, row.response, row.contexts)
+    segments = encoder.prompt.segments([message], encoder.prompt_format)
+    prompt, response = segments[0].text, segments[1].text
+    ids, (start, end) = example.input_ids, example.trained[0]
+    controls = encoder.tokenizer.control_tokens
+    has_control_text = any(token in text for token in controls for text in (*row.contexts, row.input, row.response))
+    if has_control_text != example.has_control_text or num_controls(ids, encoder) != num_marks(row, encoder):
+        yield "I5"
+    if not has_control_text and ids[:start] != bare(prompt, add_special_tokens=False)["input_ids"]:
+        yield "I1"
+    if not has_control_text and ids[:start] != served_ids(row, encoder, bare):
+        yield "serve"
+    whole, opening = (bare.decode(part, clean_up_tokenization_spaces=False) for part in (ids, ids[:start]))
+    if encoder.tokenizer.is_lossless:
+        if [whole, opening] != [spelled(prompt + response, bare), spelled(prompt, bare)]:
+            yield "I2"
+    elif not whole.startswith(opening):
+        yield "I2"
+    if end != len(ids) or ids[-1] != controls[encoder.prompt_format.stop] or not start < end - 1:
+        yield "I3"
+    if len(example.trained) != 1:
+        yield "I4"
+
+
+def served_ids(row: Row, encoder: Encoder, bare: PreTrainedTokenizerBase) -> list[int]:
+    """What inference sees of `row`, with the exported template."""
+    documents = [{"text": text} for text in row.contexts] or None
+    return list(
+        bare.apply_chat_template(
+            [{"role": "user", "content": row.input}],
+            chat_template=serving_template(encoder.prompt, encoder.prompt_format),
+            documents=documents,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+    )
+
+
+def spelled(text: str, bare: PreTrainedTokenizerBase) -> str:
+    """`text` in the composed characters that some tokenizers make of it first."""
+    return unicodedata.normalize("NFC", text) if "NFC" in repr(bare.backend_tokenizer.normalizer) else text
+
+
+def num_controls(ids: list[int], encoder: Encoder) -> int:
+    """How many of `ids` are control tokens, without the one for what the tokenizer does not know."""
+    names = encoder.tokenizer.control_tokens
+    controls = set(names.values()) - {names.get("[UNK]"), names.get("<unk>")}
+    return sum(number in controls for number in ids)
+
+
+def num_marks(row: Row, encoder: Encoder) -> int:
+    """The control tokens of the prompt format around `row`."""
+    plain = replace(row, input="x", response="x", contexts=("x",) * len(row.contexts))
+    [example] = encoder.encode([plain])
+    assert isinstance(example, Example)
+    return num_controls(example.input_ids, encoder)
+
+
+def random_row(maker: random.Random, number: int, control_tokens: list[str]) -> Row:
+    """A row of 0 to 3 contexts, most texts short; one in eight holds control-token text."""
+    has_control_text = maker.random() < 0.125
+
+    def text(longest: int) -> str:
+        length = int(longest ** maker.random()) - (maker.random() < 0.1)
+        alphabet = ALPHABETS[maker.choice(list(ALPHABETS))]
+        made = "".join(maker.choices(alphabet, k=max(0, length)))
+        if maker.random() < 0.3:  # the alphabet in its own order: whole words, whole graphemes
+            made = (alphabet * (length // len(alphabet) + 1))[: max(0, length)]
+        if has_control_text:
+            place = maker.randint(0, len(made))
+            made = made[:place] + maker.choice(control_tokens) + made[place:]
+        return made
+
+    contexts = tuple(text(2000) for _ in range(maker.choice((0, 0, 1, 3))))
+    return Row(number=number, input=text(20_000), response=text(20_000), contexts=contexts)
+
+
+if __name__ == "__main__":
+    main()
