@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from llm.errors import ConfigError, did_you_mean
 from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig, MethodConfig
 
-README = Path(__file__).with_name("README.md")
+README = Path(__file__).parents[1] / "README.md"
 SCHEMAS: dict[str, type[BaseModel]] = {
     schema.__name__: schema for schema in (DataPrepConfig, FinetuneConfig, DatasetConfig, MethodConfig)
 }
