@@ -53,7 +53,7 @@ def test_text_without_control_tokens_is_kept_as_it_is() -> None:
 
 @pytest.mark.parametrize("text", ["</s> \uf8fd", "\uf8fe </s>", "\uf8fd1\uf8fd", "a\uf8fe20\uf8fe"])
 def test_text_that_could_be_taken_for_our_marks_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"private characters U\+F8FD or U\+F8FE"):
+    with pytest.raises(ValueError, match=r"private characters U\+F8FD"):
         TOKENIZER.keep_as_text(text)
 
 

@@ -21,7 +21,9 @@ def journey() -> Iterator[str]:
     config = load_config(CONFIG, DataPrepConfig)
     encoder = open_encoder(config)
     row = next(iterate_rows(load_source(config.source_config), batch_size=1))[0]
-    yield from _code("1. The row, as loaded", f"input     {row.input}", *_contexts(row.contexts), f"response  {row.response}")
+    yield from _code(
+        "1. The row, as loaded", f"input     {row.input}", *_contexts(row.contexts), f"response  {row.response}"
+    )
     message = Message(row.input, row.response, row.contexts)
     prompt, response = encoder.prompt.segments([message], encoder.prompt_format)
     yield from _code("2. Rendered: the prompt", prompt.text)

@@ -34,6 +34,8 @@ from llm.training.tune.checkpoints import (
 )
 from llm.training.tune.whole_folder import MANIFEST, find_damage, read_folder_manifest
 
+pytestmark = pytest.mark.slow  # kills, retries and servers: minutes on 2 cores
+
 NUM_KILLS = 6 * REPEAT
 
 

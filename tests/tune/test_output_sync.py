@@ -34,6 +34,8 @@ from llm.training.tune.output_path import INDEX
 from llm.training.tune.output_sync import OutputSync
 from llm.training.tune.whole_folder import MANIFEST, find_damage
 
+pytestmark = pytest.mark.slow  # kills, retries and servers: minutes on 2 cores
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[FailingProxy]:

@@ -19,6 +19,8 @@ from llm.training.tune.checkpoints import (
 )
 from llm.training.tune.signals import SignalCallback
 
+pytestmark = pytest.mark.slow  # kills, retries and servers: minutes on 2 cores
+
 
 class Sends(TrainerCallback):
     """Sends signals to this process during a step, or during the evaluation after it."""
