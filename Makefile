@@ -25,7 +25,7 @@ quickstart: .venv/.ready  ## From rows to a tuned model and its scores, on this 
 	$(BIN)/python llm/training/dataprep.py $(QUICKSTART)/dataprep_eval.yaml
 	$(BIN)/python llm/training/finetune.py $(QUICKSTART)/finetune.yaml
 	$(BIN)/python $(QUICKSTART)/evaluate.py --model output/quickstart/model/final_output \
-	    --rows $(QUICKSTART)/test.jsonl
+	    --rows $(QUICKSTART)/test.jsonl --at-least exact=0.8,valid=0.98,f1=0.93
 
 test: .venv/.ready  ## All tests (no network, no GPU needed)
 	$(BIN)/python -m pytest $(ARGS)

@@ -12,6 +12,7 @@ oracle is not our code: ids come from the bare `transformers` tokenizer, texts f
     I4  one range of labels: few-shot examples and contexts have none
     I5  as many control tokens as the same row has without control-token text
     serve  `apply_chat_template` with the serving template = the ids before the first label
+    kept  no row is dropped for its boundary or its characters where the tokenizer gives its whole text back
 """
 
 import argparse
@@ -37,7 +38,7 @@ from llm.training.prep.dataset import Row
 from llm.training.prep.encode import Dropped, Encoder, Example
 
 QUICKSTART_MODEL = ".cache/SmolLM2-135M-Instruct"
-CHECKS = ("I1", "I2", "I3", "I4", "I5", "serve")
+CHECKS = ("I1", "I2", "I3", "I4", "I5", "serve", "kept")
 PROMPTS = (
     Prompt(),
     Prompt(system_message="Be {brief}.", input_template="Q: {text} ", response_template="A: {text}"),
@@ -126,6 +127,7 @@ def tried(bare: PreTrainedTokenizerBase, prompt_format: AnyFormat, maker: random
             continue
         if isinstance(outcome, Dropped):
             tally.dropped[outcome.reason] += 1
+            tally.wrong["kept"] += outcome.reason != "empty_response" and gives_back(row, encoder, bare)
         else:
             tally.wrong.update(violations(row, outcome, encoder, bare))
     return tally
@@ -145,7 +147,7 @@ def violations(row: Row, example: Example, encoder: Encoder, bare: PreTrainedTok
         yield "I1"
     if not has_control_text and ids[:start] != served_ids(row, encoder, bare):
         yield "serve"
-    whole, opening = (bare.decode(part, clean_up_tokenization_spaces=False) for part in (ids, ids[:start]))
+    whole, opening = (str(bare.decode(part, clean_up_tokenization_spaces=False)) for part in (ids, ids[:start]))
     if encoder.tokenizer.is_lossless:
         if [whole, opening] != [spelled(prompt + response, bare), spelled(prompt, bare)]:
             yield "I2"
@@ -155,6 +157,13 @@ def violations(row: Row, example: Example, encoder: Encoder, bare: PreTrainedTok
         yield "I3"
     if len(example.trained) != 1:
         yield "I4"
+
+
+def gives_back(row: Row, encoder: Encoder, bare: PreTrainedTokenizerBase) -> bool:
+    """Whether the bare tokenizer gives the rendered text of `row` back."""
+    text = encoder.prompt.render([Message(row.input, row.response, row.contexts)], encoder.prompt_format)
+    ids = bare(text, add_special_tokens=False)["input_ids"]
+    return bare.decode(ids, clean_up_tokenization_spaces=False) == spelled(text, bare)
 
 
 def served_ids(row: Row, encoder: Encoder, bare: PreTrainedTokenizerBase) -> list[int]:
@@ -193,21 +202,23 @@ def num_marks(row: Row, encoder: Encoder) -> int:
 
 def random_row(maker: random.Random, number: int, control_tokens: list[str]) -> Row:
     """A row of 0 to 3 contexts, most texts short; one in eight holds control-token text."""
-    has_control_text = maker.random() < 0.125
+    controls = control_tokens if maker.random() < 0.125 else []
+    contexts = tuple(random_text(maker, 2000, controls) for _ in range(maker.choice((0, 0, 1, 3))))
+    texts = (random_text(maker, 20_000, controls) for _ in range(2))
+    return Row(number=number, input=next(texts), response=next(texts), contexts=contexts)
 
-    def text(longest: int) -> str:
-        length = int(longest ** maker.random()) - (maker.random() < 0.1)
-        alphabet = ALPHABETS[maker.choice(list(ALPHABETS))]
-        made = "".join(maker.choices(alphabet, k=max(0, length)))
-        if maker.random() < 0.3:  # the alphabet in its own order: whole words, whole graphemes
-            made = (alphabet * (length // len(alphabet) + 1))[: max(0, length)]
-        if has_control_text:
-            place = maker.randint(0, len(made))
-            made = made[:place] + maker.choice(control_tokens) + made[place:]
-        return made
 
-    contexts = tuple(text(2000) for _ in range(maker.choice((0, 0, 1, 3))))
-    return Row(number=number, input=text(20_000), response=text(20_000), contexts=contexts)
+def random_text(maker: random.Random, longest: int, controls: list[str]) -> str:
+    """Up to `longest` characters of one alphabet, and one of `controls` somewhere inside if there are any."""
+    length = int(longest ** maker.random()) - (maker.random() < 0.1)
+    alphabet = ALPHABETS[maker.choice(list(ALPHABETS))]
+    made = "".join(maker.choices(alphabet, k=max(0, length)))
+    if maker.random() < 0.3:  # the alphabet in its own order: whole words, whole graphemes
+        made = (alphabet * (length // len(alphabet) + 1))[: max(0, length)]
+    if controls:
+        place = maker.randint(0, len(made))
+        made = made[:place] + maker.choice(controls) + made[place:]
+    return made
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ Stage 2 of the road: takes `Message`s, gives a `Conversation` that a `PromptForm
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
-from llm.prompt_format import Conversation, PromptFormat, Segment, Turn
+from llm.prompt_format import Conversation, Segment, Turn
 from llm.template import Template
 
 
@@ -18,6 +18,13 @@ class Message:
     input: str
     response: str | None = None
     contexts: Sequence[str] = ()
+
+
+class Renderer(Protocol):
+    """A `PromptFormat` or `ChatTemplateFormat`."""
+
+    def segments(self, conversation: Conversation) -> list[Segment]:
+        """The rendered conversation."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,11 @@ class Prompt:
         turns = [self._turn(message) for message in messages]
         return Conversation(system=self.system_message, turns=(*examples, *turns))
 
-    def segments(self, messages: Sequence[Message], prompt_format: PromptFormat) -> list[Segment]:
+    def segments(self, messages: Sequence[Message], prompt_format: Renderer) -> list[Segment]:
         """The rendered `messages`: text that is prompt, text that is trained, alternating."""
         return prompt_format.segments(self.conversation(messages))
 
-    def render(self, messages: Sequence[Message], prompt_format: PromptFormat) -> str:
+    def render(self, messages: Sequence[Message], prompt_format: Renderer) -> str:
         """The rendered text of `messages`, as one string."""
         return "".join(segment.text for segment in self.segments(messages, prompt_format))
 

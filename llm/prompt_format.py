@@ -127,8 +127,8 @@ class PromptFormat:
             if mark.strip() and not last_control_token(mark, tokenizer.control_tokens):
                 raise ConfigError(
                     f"{type(self).__name__}: {name} `{mark}` is not a control token of this tokenizer, so the model "
-                    f"would see it as plain text. Its EOS is `{tokenizer.eos_token}`: choose another prompt_format_config, "
-                    f"or set prompt_format_config.kwargs.{name}."
+                    f"would see it as plain text. Its EOS is `{tokenizer.eos_token}`: choose another "
+                    f"prompt_format_config, or set prompt_format_config.kwargs.{name}."
                 )
         stop = stop or tokenizer.eos_token or ""
         if not stop:

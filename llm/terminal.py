@@ -18,7 +18,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -34,7 +33,7 @@ class RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The rate of one bar."""
-        speed = task.finished_speed or task.speed
+        speed = task.finished_speed or task.speed or task.completed / (task.elapsed or 1)
         if not speed:
             return Text(f"- {self._unit}/s")
         slow = f"{1 / speed:.1f} s/{self._unit.removesuffix('s')}"
@@ -80,9 +79,8 @@ def library_bars_hidden() -> Iterator[None]:
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Two columns: what, and how much."""
-    table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
-    table.add_column(style="dim")
-    table.add_column(justify="left")
-    for name, value in rows:
-        table.add_row(name, value)
-    console.print(table)
+    lines = list(rows)
+    width = max((len(name) for name, _ in lines), default=0)
+    console.print(title, style="bold", markup=False)
+    for name, value in lines:
+        console.print(Text.assemble((f"  {name:<{width}}  ", "dim"), value))

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Two private-use characters: around the number of a control token that is text, and of one that is a mark.
 _AS_TEXT, _AS_MARK = "\uf8fd", "\uf8fe"
-_MARK = re.compile(f"{_AS_TEXT}\\d+{_AS_TEXT}|{_AS_MARK}\\d+{_AS_MARK}")
+_KEPT = re.compile(f"{_AS_TEXT}([0-9]+){_AS_TEXT}")
+_LIKE_OURS = re.compile(f"{_AS_TEXT}[0-9]+{_AS_TEXT}|{_AS_MARK}[0-9]+{_AS_MARK}")
 
 
 class PromptTokenizer:
@@ -65,7 +66,7 @@ class PromptTokenizer:
         ValueError when `text` holds what could be taken for such a mark.
         """
         has_control_text = any(token in text for token in self.control_tokens)
-        if _MARK.search(text) or (has_control_text and (_AS_TEXT in text or _AS_MARK in text)):
+        if _LIKE_OURS.search(text) or (has_control_text and (_AS_TEXT in text or _AS_MARK in text)):
             raise ValueError("the private characters U+F8FD, U+F8FE beside control tokens or numbers")
         if not has_control_text:
             return text
@@ -75,10 +76,8 @@ class PromptTokenizer:
 
     def unmark(self, text: str) -> str:
         """The text as it was before `keep_as_text`."""
-        if _AS_TEXT in text:
-            for token, number in self._by_length:
-                text = text.replace(f"{_AS_TEXT}{number}{_AS_TEXT}", token)
-        return text
+        # From left to right, not token by token: a digit may stand between two marks, as in `</s>4</s>`.
+        return _KEPT.sub(lambda kept: self._names.get(int(kept[1]), kept[0]), text)
 
     def spelled(self, text: str) -> str:
         """`text` as this tokenizer spells it: with composed characters where it composes (NFC), as Qwen's does."""
@@ -107,8 +106,12 @@ class PromptTokenizer:
     def is_lossless(self) -> bool:
         """Whether decoding gives back the text: false for tokenizers that lower-case or drop white space."""
         marks = self.control_tokens or [""]  # all: some take white space beside them away (Phi-3's)
-        probe = "".join(f"{mark}Ab  c\n\n  {mark}\nd É{mark}" for mark in marks)
+        probe = "".join(f"{mark}Ab  c\n\n  {mark}\nd{mark}" for mark in marks)
         return self.decode(self.encode([probe])) == [probe]
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {number: token for token, number in self.control_tokens.items()}
 
     @cached_property
     def _by_length(self) -> list[tuple[str, int]]:

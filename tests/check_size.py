@@ -49,7 +49,7 @@ def problems(path: Path) -> Iterator[str]:
     if name.parts[0] == "llm" and len(lines) > FILE_LINES and not explained:
         yield f"{name}:1: {len(lines)} lines, at most {FILE_LINES}"
     for function, nested in functions(ast.parse(text, filename=str(name))):
-        most = NESTED_FUNCTION_LINES if nested and name.parts[0] == "llm" else FUNCTION_LINES
+        most = NESTED_FUNCTION_LINES if nested else FUNCTION_LINES
         if (lines_here := num_lines(function)) > most:
             kind = "nested function" if nested else "function"
             yield f"{name}:{function.lineno}: {kind} {function.name} has {lines_here} lines, at most {most}"

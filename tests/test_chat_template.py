@@ -6,8 +6,10 @@ from llm.errors import ConfigError, DataError
 from llm.prompt import FewShotQA, Message, Prompt
 from llm.prompt_format import Segment
 
-THINKING = "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}" \
-           "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"  # fmt: skip
+THINKING = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def bound(published: Published) -> ChatTemplateFormat:

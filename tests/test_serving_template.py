@@ -24,7 +24,8 @@ ANY = Published(
 AWKWARD = Published(
     repo="",
     template=(
-        " {{ style if style is defined }}{% set ns = namespace(n=0) %}{% set prompt = 'x' %}{% for m in messages %}{% set ns.n = ns.n + 1 %}\n"
+        " {{ style if style is defined }}{% set ns = namespace(n=0) %}{% set prompt = 'x' %}"
+        "{% for m in messages %}{% set ns.n = ns.n + 1 %}\n"
         "[{{ m.role }} {{ ns.n }}]{{ '<think></think> ' if m.role == 'assistant' and not documents else ' ' }}"
         "{{ m.content }}</s>\n{% endfor %}\n{% if add_generation_prompt %}[assistant {{ ns.n + 1 }}]{% endif %}"
     ),
@@ -147,8 +148,12 @@ def test_serving_template_system_message_in_the_request_replaces_the_prompts() -
 
 
 def test_serving_template_of_base_with_tools_leaves_them_to_it() -> None:
-    base = "{% if tools %}{{ tools | length }} tools. {% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}" \
-           "{{ m.tool_calls | length if m.tool_calls }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"  # fmt: skip
+    base = (
+        "{% if tools %}{{ tools | length }} tools. {% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{{ m.tool_calls | length if m.tool_calls }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     published = Published(repo="", template=base, eos="</s>")
     prompt_format = ChatTemplateFormat().for_tokenizer(published.prompt_tokenizer())
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}

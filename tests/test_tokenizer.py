@@ -14,7 +14,8 @@ from llm.tokenizer import PromptTokenizer, load_prompt_tokenizer, tokenizer_fing
 
 MARKS = ("<|im_start|>", "<|im_end|>", "<|im")
 TOKENIZER = Published(repo="", template="", bos="<s>", eos="</s>", marks=MARKS).prompt_tokenizer()
-PIECES = st.sampled_from([*MARKS, "<s>", "</s>", "<", "|>", "im", " ", "\n", "é", "😀", "\x00", "12", "\uf8ff"])
+NUMBERS = [str(number) for number in TOKENIZER.control_tokens.values()]
+PIECES = st.sampled_from([*MARKS, *NUMBERS, "<s>", "</s>", "<", "|>", "im", " ", "\n", "é", "😀", "\x00", "\uf8ff"])
 TEXTS = st.lists(PIECES, max_size=8).map("".join)
 
 
@@ -47,13 +48,19 @@ def test_control_tokens_kept_as_text_in_every_kind_of_tokenizer(name: str) -> No
     assert [controls[number] for number in ids if number in controls] == ["<s>", "</s>"]
 
 
+def test_number_of_a_control_token_between_two_of_them_stays_a_number() -> None:
+    text = "</s>{}<|im_end|>".format(TOKENIZER.control_tokens["<|im_end|>"])
+    assert TOKENIZER.unmark(TOKENIZER.keep_as_text(text)) == text
+    assert TOKENIZER.decode(TOKENIZER.encode([TOKENIZER.keep_as_text(text)])) == [text]
+
+
 def test_text_without_control_tokens_is_kept_as_it_is() -> None:
     assert TOKENIZER.keep_as_text("a < b \uf8fd") == "a < b \uf8fd"
 
 
 @pytest.mark.parametrize("text", ["</s> \uf8fd", "\uf8fe </s>", "\uf8fd1\uf8fd", "a\uf8fe20\uf8fe"])
 def test_text_that_could_be_taken_for_our_marks_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"private characters U\+F8FD"):
+    with pytest.raises(ValueError, match=r"private characters U\+F8FD, U\+F8FE"):
         TOKENIZER.keep_as_text(text)
 
 

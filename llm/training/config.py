@@ -92,7 +92,7 @@ class DataPrepConfig(StrictModel):
     )
     allow_special_tokens_in_data: bool = Field(
         default=False,
-        description="`true` lets text such as `<|im_end|>` in a row become the control token; by default it stays text.",
+        description="`true` lets text such as `<|im_end|>` in a row become the control token; else it stays text.",
     )
     overwrite: bool = Field(default=False, description="Replace a data set that is already there.")
 

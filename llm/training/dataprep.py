@@ -1,4 +1,4 @@
-"""Rows -> rendered prompts -> tokens and labels -> packed blocks, saved. `python llm/training/dataprep.py config.yaml`."""
+"""Rows -> rendered prompts -> tokens and labels -> packed blocks, saved: `python llm/training/dataprep.py X.yaml`."""
 
 import sys
 from pathlib import Path

@@ -10,6 +10,7 @@ if not __package__:  # started as a file: Python put this folder first, where ou
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import typer
+from transformers import set_seed
 
 from llm.model_registry import find_model
 from llm.training.config import FinetuneConfig
@@ -33,6 +34,7 @@ def finetune(config: FinetuneConfig) -> RunSummary:
     """
     arguments = training_arguments(config)
     run = {"config": config.model_dump(mode="json"), "world_size": arguments.world_size}
+    set_seed(arguments.seed)  # the Trainer does so too, but after the adapter has drawn its first weights
     tokenizer = load_tokenizer(config.base_model)
     blocks = load_blocks(config, tokenizer)
     output_paths = config.additional_output_paths if arguments.should_save else []  # rank 0 copies

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, REFUSED, VOCAB_SIZE, MakeModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import ARCHITECTURES, REFUSED, VOCAB_SIZE, make_model
 from transformers import PreTrainedModel
 
 from llm.errors import ConfigError
@@ -53,7 +53,7 @@ def forests(draw: Any) -> tuple[list[int], list[int]]:
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(forest=forests())
 def test_logits_of_any_forest_equal_those_of_separate_paths(
-    architecture: str, forest: tuple[list[int], list[int]], make_model: MakeModel
+    architecture: str, forest: tuple[list[int], list[int]]
 ) -> None:
     lengths, parents = forest
     model = make_model(architecture)
@@ -71,9 +71,7 @@ def test_logits_of_any_forest_equal_those_of_separate_paths(
     ],
     ids=["single tokens", "chain", "star"],
 )
-def test_logits_of_named_shapes_equal_those_of_separate_paths(
-    lengths: list[int], parents: list[int], make_model: MakeModel
-) -> None:
+def test_logits_of_named_shapes_equal_those_of_separate_paths(lengths: list[int], parents: list[int]) -> None:
     for architecture in ("gemma2", "gemma3_text", "qwen2", "llama"):
         model = make_model(architecture)
         ids = torch.arange(3, 3 + sum(lengths))
@@ -82,7 +80,7 @@ def test_logits_of_named_shapes_equal_those_of_separate_paths(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_self_test_passes_for_supported_models(architecture: str, make_model: MakeModel) -> None:
+def test_self_test_passes_for_supported_models(architecture: str) -> None:
     model = make_model(architecture).train()
     assert check_isolation(model) < 1e-5
     assert model.training
@@ -90,7 +88,7 @@ def test_self_test_passes_for_supported_models(architecture: str, make_model: Ma
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
-def test_self_test_refuses_what_leaks_and_says_what_helps(architecture: str, make_model: MakeModel) -> None:
+def test_self_test_refuses_what_leaks_and_says_what_helps(architecture: str) -> None:
     model = make_model(architecture)
     with pytest.raises(ConfigError, match=f"`{architecture}`.*") as caught:
         check_isolation(model)
@@ -98,7 +96,7 @@ def test_self_test_refuses_what_leaks_and_says_what_helps(architecture: str, mak
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
-def test_refused_model_trains_on_unpacked_blocks_only(architecture: str, make_model: MakeModel) -> None:
+def test_refused_model_trains_on_unpacked_blocks_only(architecture: str) -> None:
     model = make_model(architecture)
     with pytest.raises(ConfigError):
         keeps_examples_apart(model, is_packed=True)
@@ -107,7 +105,7 @@ def test_refused_model_trains_on_unpacked_blocks_only(architecture: str, make_mo
     assert torch.isfinite(model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits).all()
 
 
-def test_self_test_sees_a_leak_of_one_node(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_test_sees_a_leak_of_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaky_paths(parents: list[int]) -> list[list[int]]:
         paths = node_paths(parents)
         paths[1] = [0, 1]  # the second example sees the first
@@ -118,7 +116,7 @@ def test_self_test_sees_a_leak_of_one_node(make_model: MakeModel, monkeypatch: p
         check_isolation(make_model("llama"))
 
 
-def test_self_test_leaves_the_random_state_alone(make_model: MakeModel) -> None:
+def test_self_test_leaves_the_random_state_alone() -> None:
     model = make_model("llama")
     torch.manual_seed(7)
     before = torch.get_rng_state()
@@ -126,7 +124,7 @@ def test_self_test_leaves_the_random_state_alone(make_model: MakeModel) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_packed_row_without_node_structure_is_an_error(make_model: MakeModel) -> None:
+def test_packed_row_without_node_structure_is_an_error() -> None:
     with pytest.raises(ValueError, match="these position_ids restart"):
         make_model("llama")(
             input_ids=torch.arange(3, 9)[None],
@@ -136,7 +134,7 @@ def test_packed_row_without_node_structure_is_an_error(make_model: MakeModel) ->
 
 
 @pytest.mark.parametrize("num_padding", [0, 4])
-def test_generation_with_our_attention_equals_that_with_sdpa(num_padding: int, make_model: MakeModel) -> None:
+def test_generation_with_our_attention_equals_that_with_sdpa(num_padding: int) -> None:
     model, prompt = make_model("qwen2"), torch.arange(3, 27).view(2, 12)
     mask = torch.ones_like(prompt)
     mask[0, :num_padding] = 0
@@ -146,7 +144,12 @@ def test_generation_with_our_attention_equals_that_with_sdpa(num_padding: int, m
     assert torch.equal(ours, model.generate(prompt, **options))
 
 
-def test_window_that_attention_is_not_told_is_refused(make_model: MakeModel) -> None:
+def test_sinks_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="`gpt_oss` computes its attention with s_aux"):
+        check_isolation(make_model("gpt_oss"))
+
+
+def test_window_that_attention_is_not_told_is_refused() -> None:
     model = make_model("qwen2")
     for layer in model.model.layers:
         layer.self_attn.sliding_window = None
@@ -154,7 +157,7 @@ def test_window_that_attention_is_not_told_is_refused(make_model: MakeModel) -> 
         check_isolation(model)
 
 
-def test_low_precision_is_told_from_a_leak(make_model: MakeModel) -> None:
+def test_low_precision_is_told_from_a_leak() -> None:
     model = make_model("llama").to(torch.bfloat16)
     assert check_isolation(model) < isolation.LOW_PRECISION_TOLERANCE
 

@@ -15,6 +15,9 @@ import pytest
 import torch
 from fault_helpers import (
     REPEAT,
+    free_port,
+    join_ranks,
+    leave_ranks,
     mirror_of,
     resume_and_train,
     running_process,
@@ -33,8 +36,6 @@ from llm.training.tune.checkpoints import (
     newest_whole_checkpoint,
 )
 from llm.training.tune.whole_folder import MANIFEST, find_damage, read_folder_manifest
-
-pytestmark = pytest.mark.slow  # kills, retries and servers: minutes on 2 cores
 
 NUM_KILLS = 6 * REPEAT
 
@@ -350,8 +351,7 @@ def test_disk_full_while_saving_removes_only_the_unfinished_folder(
 
 def train_as_rank(output: Path, rank: int, port: int) -> None:
     """One of two ranks; rank 1 writes its RNG state late."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    settings = join_ranks(rank, port)
     if rank == 1:
         save = torch.save
 
@@ -360,12 +360,12 @@ def train_as_rank(output: Path, rank: int, port: int) -> None:
             save(*arguments, **kwargs)
 
         torch.save = save_late
-    tiny_trainer(output, callbacks=[CheckpointCallback()], max_steps=3, ddp_backend="gloo").train()
-    torch.distributed.destroy_process_group()
+    tiny_trainer(output, callbacks=[CheckpointCallback()], max_steps=3, **settings).train()
+    leave_ranks(0)
 
 
 def test_manifest_of_two_ranks_waits_for_the_slower(tmp_path: Path) -> None:
-    port = 20000 + os.getpid() % 20000
+    port = free_port()
     with (
         running_process(train_as_rank, tmp_path, 0, port) as first,
         running_process(train_as_rank, tmp_path, 1, port) as second,

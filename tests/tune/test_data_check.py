@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from conftest import VOCAB_SIZE, MakeModel, make_block, make_packed_dataset, unpack
 from datasets import Dataset
+from tiny_models import VOCAB_SIZE, make_block, make_model, make_packed_dataset, unpack
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -47,7 +47,7 @@ def changed(name: str, place: int, value: int) -> dict[str, list[int]]:
     return {name: column}
 
 
-def test_facts_of_good_blocks(make_model: MakeModel) -> None:
+def test_facts_of_good_blocks() -> None:
     dataset = make_packed_dataset(7)
     facts = check_blocks(dataset, make_model(), key="train_dataset_config")
     assert facts.num_blocks == 7 and facts.is_packed
@@ -75,36 +75,36 @@ def test_facts_of_good_blocks(make_model: MakeModel) -> None:
         ({"node_parents": [1, -1]}, "comes before its parent"),
     ],
 )
-def test_broken_block_is_named(changes: dict[str, Any], text: str, make_model: MakeModel) -> None:
+def test_broken_block_is_named(changes: dict[str, Any], text: str) -> None:
     check_blocks(broken(), make_model(), key="train_dataset_config")
     with pytest.raises(DataError, match="^train_dataset_config, block 2: ") as caught:
         check_blocks(broken(**changes), make_model(), key="train_dataset_config")
     assert text in str(caught.value) and "Run dataprep again." in str(caught.value)
 
 
-def test_block_number_counts_through_the_batches(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_number_counts_through_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm.training.tune.data_check._BLOCKS_AT_ONCE", 2)
     with pytest.raises(DataError, match="block 2: "):
         check_blocks(broken(**changed("input_ids", 3, 99)), make_model(), key="train_dataset_config")
 
 
-def test_missing_column_is_named(make_model: MakeModel) -> None:
+def test_missing_column_is_named() -> None:
     with pytest.raises(DataError, match="no column node_lengths, node_parents; there are input_ids"):
         check_blocks(broken().remove_columns(["node_lengths", "node_parents"]), make_model(), key="k")
 
 
-def test_column_of_text_is_refused(make_model: MakeModel) -> None:
+def test_column_of_text_is_refused() -> None:
     dataset = Dataset.from_list([{name: "[1, 2]" for name in broken().column_names}])
     with pytest.raises(DataError, match="`input_ids` must hold lists of integers.*csv keeps no lists"):
         check_blocks(dataset, make_model(), key="k")
 
 
-def test_no_blocks_is_an_error(make_model: MakeModel) -> None:
+def test_no_blocks_is_an_error() -> None:
     with pytest.raises(DataError, match="has no blocks"):
         check_blocks(broken().select([]), make_model(), key="k")
 
 
-def test_no_label_at_all_is_an_error(make_model: MakeModel) -> None:
+def test_no_label_at_all_is_an_error() -> None:
     masked = broken().map(lambda row: {"labels": [-100] * len(row["labels"])})
     with pytest.raises(DataError, match="none of the 33 tokens is trained"):
         check_blocks(masked, make_model(), key="k")

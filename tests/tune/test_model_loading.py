@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel
+from tiny_models import make_model
 
 from llm.errors import ConfigError, MissingExtraError
 from llm.training.config import DatasetConfig, FinetuneConfig, MethodConfig
@@ -82,9 +82,7 @@ def test_float16_where_it_cannot_train_is_refused(
         resolve_precision(make_config(torch_dtype="float16", **changes))
 
 
-def test_loaded_model_has_our_attention_and_no_cache(
-    make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_loaded_model_has_our_attention_and_no_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_model("llama").save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO):
         model = load_base_model(make_config(base_model=str(tmp_path), torch_dtype="float32"))
@@ -163,27 +161,27 @@ def test_missing_bitsandbytes_names_the_command(monkeypatch: pytest.MonkeyPatch)
 # --- adapter ---
 
 
-def test_no_lora_config_trains_every_weight(make_model: MakeModel) -> None:
+def test_no_lora_config_trains_every_weight() -> None:
     model = make_model("llama")
     assert add_adapter(model, None, {"r": 4}) is model
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_adapter_is_on_all_linear_modules_and_only_it_trains(make_model: MakeModel) -> None:
+def test_adapter_is_on_all_linear_modules_and_only_it_trains() -> None:
     model = add_adapter(make_model("llama"), {}, {})
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained)
     assert model.peft_config["default"].task_type == "CAUSAL_LM"
 
 
-def test_lora_config_wins_over_the_models_defaults(make_model: MakeModel) -> None:
+def test_lora_config_wins_over_the_models_defaults() -> None:
     model = add_adapter(make_model("llama"), {"r": 3}, {"r": 4, "lora_alpha": 5, "target_modules": ["q_proj"]})
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.target_modules) == (3, 5, {"q_proj"})
 
 
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
-def test_each_name_must_match_a_module(key: str, make_model: MakeModel) -> None:
+def test_each_name_must_match_a_module(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         add_adapter(make_model("llama"), {key: ["q_proj", "vproj", "embed_token"]}, {})
     text = str(caught.value)
@@ -200,12 +198,12 @@ def test_each_name_must_match_a_module(key: str, make_model: MakeModel) -> None:
         ({"target_modules": "nothing.*like_it"}, "lora_config: "),
     ],
 )
-def test_what_peft_does_not_take_is_a_config_error(given: dict[str, Any], text: str, make_model: MakeModel) -> None:
+def test_what_peft_does_not_take_is_a_config_error(given: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         add_adapter(make_model("llama"), given, {})
 
 
-def test_saved_embeddings_of_a_tied_model_stay_tied(make_model: MakeModel) -> None:
+def test_saved_embeddings_of_a_tied_model_stay_tied() -> None:
     model = add_adapter(make_model("llama", tie_word_embeddings=True), {"modules_to_save": ["embed_tokens"]}, {})
     assert model.peft_config["default"].ensure_weight_tying
 

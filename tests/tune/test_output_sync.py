@@ -34,8 +34,6 @@ from llm.training.tune.output_path import INDEX
 from llm.training.tune.output_sync import OutputSync
 from llm.training.tune.whole_folder import MANIFEST, find_damage
 
-pytestmark = pytest.mark.slow  # kills, retries and servers: minutes on 2 cores
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[FailingProxy]:
@@ -175,7 +173,7 @@ def test_damaged_links_and_unfinished_are_not_copied(local: Path, target: str, t
     for name in ("checkpoint-15", "checkpoint-3.damaged", "checkpoint-20.ahead", ".final_output.tmp"):
         (local / name).mkdir()
         (local / name / "model.safetensors").write_bytes(b"half")
-    whole_folder(local / "checkpoint-30", {"model.safetensors": b"30"}, step=30)
+    whole_folder(local / "checkpoint-30", {"model.safetensors": b"x"}, step=30)
     (local / "checkpoint-30/model.safetensors").unlink()
     (local / "checkpoint-30/model.safetensors").symlink_to(tmp_path / "secret")
     quick(local, target).close()
@@ -230,25 +228,33 @@ def test_one_path_forbidden_leaves_the_other_complete(local: Path, s3: FailingPr
     assert remote("s3://bucket/open") == tree(local)
 
 
+class DownInTheMiddle:
+    """A mirror of a path that is down when the second checkpoint is copied, and up again at the third."""
+
+    uploading = None
+
+    def __init__(self, sync: OutputSync, s3: FailingProxy) -> None:
+        self.copies = sync
+        self.s3 = s3
+        self.num_asked = 0
+
+    def sync(self) -> None:
+        self.num_asked += 1
+        is_down = self.num_asked == 2
+        self.s3.fails = lambda method, path: 500 if is_down else None
+        failures = self.copies.failures
+        self.copies.sync()
+        wait_until(lambda: not is_down or self.copies.failures > failures)
+
+
 def test_training_goes_on_while_the_path_is_down_for_a_while(
     tmp_path: Path, s3: FailingProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = tmp_path / "output"
-    sync = OutputSync(str(output), ["s3://bucket/run"], attempts=1, backoff_seconds=0.01)
-    asked: list[int] = []
-
-    class Watched:
-        uploading = None
-
-        def sync(self) -> None:  # down after the second checkpoint, up again after the third
-            asked.append(1)
-            s3.fails = (lambda method, path: 500) if len(asked) == 2 else (lambda method, path: None)
-            failures = sync.failures
-            sync.sync()
-            wait_until(lambda: len(asked) != 2 or sync.failures > failures)
-
+    sync = OutputSync(str(output), ["s3://bucket/run"], attempts=1)
+    callback = CheckpointCallback(mirror=DownInTheMiddle(sync, s3))
     with caplog.at_level(logging.WARNING):
-        tiny_trainer(output, callbacks=[CheckpointCallback(mirror=Watched())]).train()
+        tiny_trainer(output, callbacks=[callback]).train()
         sync.close()
     assert "Training goes on" in caplog.text and sync.failures >= 1
     assert remote("s3://bucket/run") == tree(output)

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fault_helpers import running_process, tiny_trainer, train, wait_until, weights_digest
+from fault_helpers import (
+    free_port,
+    join_ranks,
+    leave_ranks,
+    running_process,
+    tiny_trainer,
+    train,
+    wait_until,
+    weights_digest,
+)
 from transformers import TrainerCallback
 
 from llm.training.tune.checkpoints import (
@@ -18,8 +26,6 @@ from llm.training.tune.checkpoints import (
     newest_whole_checkpoint,
 )
 from llm.training.tune.signals import SignalCallback
-
-pytestmark = pytest.mark.slow  # kills, retries and servers: minutes on 2 cores
 
 
 class Sends(TrainerCallback):
@@ -129,18 +135,14 @@ def train_until_told(output: Path, rank: int | None = None, port: int = 0) -> No
     """A long run; exits as `finetune` does: with the signal's code and without `final_output` when
     interrupted.
     """
-    settings: dict[str, Any] = {}
-    if rank is not None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        settings = {"ddp_backend": "gloo"}
+    settings = {} if rank is None else join_ranks(rank, port)
     signals = SignalCallback()
     callbacks = [Slow(), signals, CheckpointCallback()]
     trainer = tiny_trainer(output, callbacks=callbacks, max_steps=2000, save_steps=1000, **settings)
     trainer.train()
     (output / f"steps-{rank}").write_text(f"{trainer.state.global_step} {weights_digest(trainer.model)}")
     if rank is not None:
-        torch.distributed.destroy_process_group()
+        leave_ranks(signals.exit_code)
     sys.exit(signals.exit_code)
 
 
@@ -158,7 +160,7 @@ def test_signal_from_outside_ends_the_process_with_its_code(
 
 
 def test_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path) -> None:
-    port = 20000 + (os.getpid() + 7919) % 20000
+    port = free_port()
     with (
         running_process(train_until_told, tmp_path, 0, port) as first,
         running_process(train_until_told, tmp_path, 1, port) as second,

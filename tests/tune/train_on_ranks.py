@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import torch
-from conftest import ARCHITECTURES, COMMON, make_packed_dataset
+from tiny_models import ARCHITECTURES, COMMON, make_packed_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from llm.training.tune.adapter import add_adapter

@@ -3,6 +3,8 @@
 Also loads prepared blocks for `finetune`: both scripts name data in the same way.
 """
 
+import csv
+import glob
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import pyarrow as pa
 
 from llm.errors import ConfigError, DataError, MissingExtraError, did_you_mean
@@ -42,7 +45,7 @@ class Row:
 def load_dataset_config(config: DatasetConfig, *, key: str) -> "Dataset":
     """The data set that `config` names; `key` is its YAML key, for errors.
 
-    Raises ConfigError for a wrong method, argument, path or split, DataError when the files cannot be read or are empty.
+    Raises ConfigError for a wrong method, argument, path or split, DataError when files cannot be read or are empty.
     """
     method = _loading_method(config)
     loader = resolve_method(method, DATASET_METHODS, key=f"{key}.method")
@@ -60,14 +63,14 @@ def load_source(config: DatasetConfig) -> "Dataset":
 def load_blocks(config: DatasetConfig, *, key: str) -> "Dataset":
     """The prepared blocks that `config` names, lists as lists: `to_csv` writes them as JSON text.
 
-    Raises what `load_dataset_config` does, and DataError when columns of blocks are missing or are not lists of integers.
+    Raises what `load_dataset_config` does, and DataError when columns of blocks are missing or no lists of integers.
     """
     blocks = load_dataset_config(config, key=key)
     missing = [name for name in _BLOCK_COLUMNS if name not in blocks.column_names]
     if missing:
         raise DataError(
-            f"{key}: no prepared blocks, they have no column {_quoted(missing)}; there is {_quoted(blocks.column_names)}. "
-            "Run dataprep on these rows and name the data set that it writes."
+            f"{key}: these are no prepared blocks, {_quoted(missing)} is missing. They have "
+            f"{_quoted(blocks.column_names)}. Run dataprep on them, and name here the data set that it writes."
         )
     as_text = [name for name in (*_BLOCK_COLUMNS, "example_rows") if _is_text(blocks.features.get(name))]
     return _with_lists(blocks, as_text, key) if as_text else blocks
@@ -85,8 +88,10 @@ def load_path(path: str, split: str | None = None, **kwargs: Any) -> Any:
         raise FileNotFoundError(f"there is no file or folder `{path}` (looked in {Path.cwd()}).")
     builder = _BUILDERS.get(Path(path).suffix)
     if builder:
-        kwargs = {"dtype": "str", "keep_default_na": False} | kwargs if builder == "csv" else kwargs
-        return load_dataset(builder, data_files=path, split=split or "train", **kwargs)
+        kwargs = _text_cells(path, kwargs) | kwargs if builder == "csv" else kwargs
+        if builder == "parquet":
+            kwargs = {"batch_size": 10_000} | kwargs  # its own is the first row group's size, which fails at 0 rows
+        return load_dataset(builder, data_files=glob.escape(path), split=split or "train", **kwargs)
     return load_from_disk(f"{path}/{split}" if split else path, **kwargs)
 
 
@@ -115,8 +120,8 @@ def check_columns(dataset: "Dataset", *, key: str) -> None:
             near = did_you_mean(wanted, names)
             hint = f"{near} " if near.startswith("Did") else ""
             raise DataError(
-                f"{key}: the rows have no column `{wanted}`; they have {_quoted(names)}. {hint}Rename it in the data, or in "
-                f"a function of yours: `method: path.to.module::name` may return any datasets.Dataset."
+                f"{key}: the rows have no column `{wanted}`; they have {_quoted(names)}. {hint}Rename it in the "
+                "data, or in a function of yours: `method: path.to.module::name` may return any datasets.Dataset."
             )
         kind = dataset.features[wanted]
         if not _is_text(kind) and not _is_null(kind):
@@ -158,7 +163,7 @@ def _row(number: int, input_text: str | None, response: str | None, contexts: li
 
 
 def _loading_method(config: DatasetConfig) -> str:
-    """The method; a path that ends as a file does is no data set of the hub, so `load_dataset` of it reads that file."""
+    """The method; a path that ends as a file does is no data set of the hub, so `load_dataset` of it reads the file."""
     is_file = Path(str(config.kwargs.get("path", ""))).suffix in _BUILDERS
     return "load_path" if config.method == "load_dataset" and is_file else config.method
 
@@ -171,6 +176,17 @@ def _local_location(config: DatasetConfig) -> str | None:
     return location if is_ours else None
 
 
+def _text_cells(path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the csv builder that keep every cell as text; it has no `dtype`, so each column is named."""
+    from datasets import Features, Value
+
+    delimiter = kwargs.get("sep") or kwargs.get("delimiter") or ","
+    with fsspec.open(path, "rt", encoding=kwargs.get("encoding") or "utf-8-sig", newline="") as file:
+        header = next(csv.reader(file, delimiter=delimiter), [])
+    names = kwargs.get("column_names") or kwargs.get("names") or header
+    return {"features": Features({name: Value("string") for name in names}), "keep_default_na": False}
+
+
 def _call_loader(loader: Any, kwargs: dict[str, Any], key: str) -> Any:
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -179,10 +195,17 @@ def _call_loader(loader: Any, kwargs: dict[str, Any], key: str) -> Any:
     except (FileNotFoundError, DatasetNotFoundError) as error:
         raise ConfigError(f"{key}: {_first_line(error)}") from error
     except DatasetGenerationError as error:  # its own text says only that something went wrong
-        raise DataError(f"{key}: cannot read the rows. {_first_line(error.__cause__ or error)}") from error
+        place = f" of `{kwargs.get('data_files') or kwargs.get('path')}`"
+        raise DataError(f"{key}: cannot read the rows{place}. {_first_line(error.__cause__ or error)}") from error
+    except StopIteration as error:  # what datasets raises for a file of no bytes
+        raise DataError(f"{key}: there is not one row. Give a file that has some.") from error
     except ImportError as error:  # a file system or a decoder
         raise MissingExtraError(f"{key}: {_first_line(error)}") from error
-    except (ValueError, OSError) as error:  # unknown split or builder argument; unreadable file
+    except (ValueError, TypeError, OSError) as error:  # unknown split or builder argument; unreadable file
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{key}: there is not one row. Give a file that has some.") from error
+        if isinstance(error, TypeError) and "unexpected keyword" not in str(error):
+            raise  # a mistake in the code of a `module::name`, whose traceback its author needs
         raise ConfigError(f"{key}: {_first_line(error)}") from error
 
 

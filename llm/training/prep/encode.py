@@ -120,8 +120,8 @@ class Encoder:
         num_tokens = empty.num_tokens if isinstance(empty, Dropped) else len(empty.input_ids)
         if num_tokens >= self.max_tokens:
             raise ConfigError(
-                f"chunksize: the prompt alone (system message, few-shot examples, marks) takes {num_tokens} tokens, and a "
-                f"block holds {self.max_tokens}. Set chunksize above {num_tokens}, or shorten prompt_config."
+                f"chunksize: the prompt alone (system message, few-shot examples, marks) takes {num_tokens} tokens, "
+                f"and a block holds {self.max_tokens}. Set chunksize above {num_tokens}, or shorten prompt_config."
             )
 
     def encode(self, rows: Sequence[Row]) -> list[Outcome]:
@@ -129,10 +129,12 @@ class Encoder:
         outcomes: dict[int, Outcome] = {}
         full = []
         for row in rows:
-            if row.response.strip():
-                full.append(row)
-            else:
+            if not row.response.strip():
                 outcomes[row.number] = Dropped(row=row.number, reason="empty_response")
+            elif _has_lone_surrogate(row):
+                outcomes[row.number] = Dropped(row=row.number, reason="not_representable")
+            else:
+                full.append(row)
         for row, outcome in zip(full, self._encode_all(full), strict=True):
             outcomes[row.number] = self._fitted(row, outcome)
         return [outcomes[row.number] for row in rows]
@@ -143,8 +145,8 @@ class Encoder:
         num_tokens = len(outcome.input_ids)
         if self.on_too_long == "error":
             raise DataError(
-                f"source_config: row {row.number} (counted from 0): {num_tokens} tokens, a block holds {self.max_tokens} (chunksize). Raise chunksize, or "
-                "set on_too_long to `drop` or `truncate_contexts`."
+                f"source_config: row {row.number} (counted from 0): {num_tokens} tokens, a block holds "
+                f"{self.max_tokens} (chunksize). Raise chunksize, or set on_too_long to `drop` or `truncate_contexts`."
             )
         cut = self._truncate(row) if self.on_too_long == "truncate_contexts" else None
         return cut or Dropped(row=row.number, reason="too_long", num_tokens=num_tokens)
@@ -262,6 +264,14 @@ class Encoder:
                     outcome = Dropped(row=outcome.row, reason="not_representable", num_tokens=num_tokens)
             checked.append(outcome)
         return checked
+
+
+def _has_lone_surrogate(row: Row) -> bool:
+    try:
+        "".join((row.input, row.response, *row.contexts)).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _pairs(segments: Sequence[Segment]) -> list[_Pair]:

@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 1000
 
 
 def open_encoder(config: DataPrepConfig) -> Encoder:
-    """The encoder of `config`; ConfigError for whatever is wrong with model, prompt or format, before any row is read."""
+    """The encoder of `config`; ConfigError for what is wrong with model, prompt or format, before any row is read."""
     if config.num_proc:
         os.environ["RAYON_NUM_THREADS"] = str(config.num_proc)  # read once, when the tokenizer first runs
     prompt = make_prompt(config.prompt_config.method, config.prompt_config.kwargs)

@@ -74,6 +74,7 @@ def read_manifest(dataset_path: str, **storage_options: Any) -> Manifest:
         ) from error
     except json.JSONDecodeError as error:
         raise DataError(f"`{path}` is not JSON ({error}). Run dataprep again.") from error
+    facts = facts if isinstance(facts, dict) else {}
     if facts.get("format_version") != FORMAT_VERSION or set(facts) != {f.name for f in fields(Manifest)}:
         raise DataError(
             f"`{path}` has format version {facts.get('format_version')}, this llm-train reads {FORMAT_VERSION}. "

@@ -1,7 +1,7 @@
 """Where a prepared data set goes: staged first and moved there whole, so that no half-written one is ever seen.
 
-A local target is old-whole, absent or new-whole at every moment. An object store cannot rename, so there the manifest is
-the commit: it leaves before the first upload and arrives last, and the object `preparing` says meanwhile what goes on.
+A local target is old-whole, absent or new-whole at every moment. An object store cannot rename, so there the manifest
+is the commit: it leaves before the first upload and arrives last; the object `preparing` marks what is not whole.
 """
 
 import os
@@ -76,7 +76,7 @@ class Target:
     @property
     def work(self) -> Path:
         """The folder beside a local target in which it is prepared."""
-        return Path(self.path).with_name(f".{Path(self.path).name}.preparing")
+        return Path(self.path).parent / f".{Path(self.path).name}.preparing"
 
     def staged_in(self, folder: Path) -> "Target":
         """The same data set inside `folder`."""
@@ -159,8 +159,8 @@ def _check_path(target: Target, overwrite: bool) -> None:
     is_ours = any((path / name).exists() for name in ("manifest.json", "state.json"))
     if path.is_dir() and not (target.is_folder and is_ours):
         raise ConfigError(
-            f"{KEY}: `{target.path}` is a folder that holds something else than a data set, and `overwrite` would delete "
-            f"it. Name a folder of its own, e.g. `{target.path}/prepared`."
+            f"{KEY}: `{target.path}` is a folder that holds something else than a data set, and `overwrite` would "
+            f"delete it. Name a folder of its own, e.g. `{target.path}/prepared`."
         )
 
 
@@ -181,9 +181,7 @@ def _check_url(target: Target, overwrite: bool) -> None:
         raise MissingExtraError(
             f"{KEY}: `{target.path}` needs a library: {error}. pip install 'llm-train[s3]'"
         ) from error
-    except (
-        Exception
-    ) as error:  # client libraries have no common class for no credentials, no connection, no such scheme
+    except Exception as error:  # the client libraries' classes for no credentials, no connection, no such scheme
         raise ConfigError(f"{KEY}: cannot reach `{target.path}`: {error}") from error
     if exists:
         _check_overwrite(target, overwrite)
@@ -196,12 +194,18 @@ def _work_folder(target: Target) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="llm-train-") as folder:
             yield Path(folder)
         return
-    shutil.rmtree(target.work, ignore_errors=True)  # left by a run that was killed
+    _remove_work_folder(target)  # left by a run that was killed
     target.work.mkdir(parents=True)
     try:
         yield target.work
     finally:
-        shutil.rmtree(target.work, ignore_errors=True)
+        _remove_work_folder(target)
+
+
+def _remove_work_folder(target: Target) -> None:
+    """The manifest first: without it `_put_back` leaves all as it is, also when a kill comes in between."""
+    Path(target.staged_in(target.work).manifest_path).unlink(missing_ok=True)
+    shutil.rmtree(target.work, ignore_errors=True)
 
 
 @contextmanager
@@ -211,11 +215,13 @@ def _marked(target: Target) -> Iterator[None]:
         yield
         return
     store = _store(target)
+    is_leftover = store.exists(target.marker_path)
     store.pipe_file(target.marker_path, b"")
     try:
         yield
     except BaseException:
-        store.rm_file(target.marker_path)
+        if not is_leftover:
+            store.rm_file(target.marker_path)
         raise
 
 
@@ -243,7 +249,7 @@ def _replace(staging: Target, target: Target) -> None:
                 part.rename(_aside(target, part))
         for new, part in zip(staging.parts, target.parts, strict=True):
             new.rename(part)
-    except OSError:
+    except BaseException:  # Ctrl-C, too: the old parts lie in the work folder, which is removed next
         _put_back(target)
         raise
 

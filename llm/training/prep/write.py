@@ -36,7 +36,7 @@ def check_writer(writer: MethodConfig) -> None:
 
 
 def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path, *, num_blocks: int) -> "Dataset":
-    """The blocks as a data set that is memory-mapped from a file in `folder`; the same bytes give the same fingerprint."""
+    """The blocks as a data set, memory-mapped from a file in `folder`; the same bytes give the same fingerprint."""
     from datasets import Dataset
 
     path = folder / "blocks.arrow"
@@ -65,7 +65,7 @@ def write_records(ledger: pa.Table, manifest: Manifest, target: Target) -> None:
 
 
 def to_csv(dataset: "Dataset", path_or_buf: str, **kwargs: Any) -> None:
-    """Writes CSV whose lists are JSON (`[1, 2]`), which `load_blocks` reads back; without that they come back as text."""
+    """Writes CSV whose lists are JSON (`[1, 2]`), which `load_blocks` reads back; else they come back as text."""
     as_json = dataset.map(_lists_as_json, batched=True, remove_columns=dataset.column_names)
     as_json.to_csv(path_or_buf, **kwargs)
 

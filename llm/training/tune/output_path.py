@@ -1,5 +1,4 @@
-"""The copy of `local_output` at one output path: bringing it up to date, checking it, fetching a checkpoint
-back.
+"""The copy of `local_output` at one output path: brought up to date, checked, and fetched back.
 
 What we wrote is listed with sizes and hashes in `INDEX`: so a changed file of the same size is seen, and
 nothing else is ever deleted. Of a whole folder the manifest arrives last and goes first.
@@ -38,8 +37,7 @@ READ_BACK_BYTES = 64 * 2**20  # larger files are verified by size: reading them 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What is copied as one: a whole folder (`marker` is its manifest), or the run's other files (`name` is
-    empty).
+    """What is copied as one: a whole folder, or (with an empty `name`) the run's other files.
 
     Names of files are relative to `local_output`: `checkpoint-10/optimizer.pt`.
     """
@@ -129,9 +127,7 @@ class OutputPath:
         return sorted((step for step in steps if newest is None or step <= newest), reverse=True)
 
     def fetch(self, step: int, local_output: str) -> str | None:
-        """Copies `checkpoint-<step>` into `local_output` and verifies it: its path, or None when it is not
-        whole.
-        """
+        """The path of `checkpoint-<step>`, copied into `local_output`; None when it is not whole."""
         name = f"checkpoint-{step}"
         aside = Path(local_output, f".{name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)

@@ -96,9 +96,7 @@ class OutputStore:
         self.retry(lambda: self.fs.get_file(self.path(name), str(target)))
 
     def delete(self, name: str) -> None:
-        """Deletes the file `name`, if it is there, and on local file systems the folders that it leaves
-        empty.
-        """
+        """Deletes the file `name`, if it is there, and the local folders that it leaves empty."""
         try:
             self.retry(lambda: self.fs.rm_file(self.path(name)))
         except FileNotFoundError:

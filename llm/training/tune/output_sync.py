@@ -19,8 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class OutputSync:
-    """The copies of `local_output` at `output_paths` (fsspec URLs or folders); for rank 0, others give no
-    paths.
+    """The copies of `local_output` at `output_paths`, fsspec URLs or folders; ranks other than 0 give none.
 
     `probe()` before the weights load, `restore()` before resuming, `sync()` after each checkpoint, `close()`
     at the end. In a `with` block the end closes; after an error what was asked for is still copied, and the
@@ -61,13 +60,12 @@ class OutputSync:
         return self._uploading
 
     def probe(self) -> None:
-        """Writes, reads and deletes a small file at each path; CheckpointError says where that fails and why."""
+        """Writes, reads and deletes a small file at each path; CheckpointError says where it fails and why."""
         for path in self._paths:
             path.store.probe()
 
     def restore(self) -> str | None:
-        """The newest whole checkpoint of `local_output`; if it has none, of the output paths, fetched and
-        verified.
+        """The newest whole checkpoint of `local_output`, else of the output paths, fetched and verified.
 
         None when there is none anywhere. CheckpointError when a path cannot be read: a run must not start
         anew only because a network is down.
@@ -109,10 +107,10 @@ class OutputSync:
         parts = plan_parts(self.local_output)
         problems = [problem for path in self._paths if (problem := self._complete(path, parts))]
         if problems:
+            listed = "\n".join(problems)
             raise CheckpointError(
-                f"`{self.local_output}` is complete, its copy is not:\n" + "\n".join(problems) + "\nRun the same "
-                "command again once the path can be written: it goes on from the last checkpoint and ends "
-                "the copy."
+                f"`{self.local_output}` is complete, its copy is not:\n{listed}\nRun the same command again once the "
+                "path can be written: it goes on from the last checkpoint and completes the copy."
             )
 
     def _work(self) -> None:

@@ -146,9 +146,9 @@ def print_summary(summary: RunSummary) -> None:
         "tokens per second": f"{summary.tokens_per_second:,.1f}",
         "trained tokens per second": f"{summary.trained_tokens_per_second:,.1f}",
         "peak memory": f"{summary.peak_memory_bytes / 2**30:.2f} GiB",
-        "result": summary.result,
     }
     print_table("Training", rows.items())
+    terminal.print(f" {summary.result}", markup=False)  # not in the table, which would cut a long path
 
 
 def peak_memory_bytes() -> int:

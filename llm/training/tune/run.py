@@ -40,6 +40,7 @@ def run_training(
             trainer.train(resume_from_checkpoint=checkpoint)
         if not signals.interrupted and trainer.eval_dataset is not None and not _is_evaluated(trainer.state):
             trainer.evaluate()
+    model.config.use_cache = True  # the Trainer turned it off; what is exported generates with it
     return signals
 
 

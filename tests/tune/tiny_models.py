@@ -1,18 +1,14 @@
 """Tiny causal language models of many architectures, made on the spot, and blocks for them."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm.training.tune.attention import NODE_ATTENTION
 from llm.training.tune.isolation import node_positions
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 VOCAB_SIZE = 97
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -52,23 +48,14 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-MakeModel = Callable[..., PreTrainedModel]
-
-
-@pytest.fixture
-def make_model() -> MakeModel:
-    """A function: architecture and changes of its configuration -> a tiny model with our attention, in eval
-    mode."""
-
-    def make(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
-        settings = COMMON | (ARCHITECTURES | REFUSED)[architecture] | changes
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
-        model.set_attn_implementation(NODE_ATTENTION)
-        model.config.use_cache = False
-        return model.eval()  # type: ignore[no-any-return]
-
-    return make
+def make_model(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
+    """A tiny model of `architecture` with our attention, in eval mode; `changes` are of its configuration."""
+    settings = COMMON | (ARCHITECTURES | REFUSED)[architecture] | changes
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
+    model.set_attn_implementation(NODE_ATTENTION)
+    model.config.use_cache = False
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def make_block(

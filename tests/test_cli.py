@@ -1,0 +1,61 @@
+"""The command line: exit codes, one text without a traceback, and what `--debug` adds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llm.cli import app
+from llm.errors import CheckpointError, ConfigError, DataError, LlmTrainError, MissingExtraError
+
+GOOD = "source_config: rows.jsonl\nbase_model: x/y\ndataset_writer_config: {method: save_to_disk}\n"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "dataprep.yaml"
+    path.write_text(GOOD)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError, 2), (MissingExtraError, 2), (DataError, 3), (CheckpointError, 4), (KeyboardInterrupt, 130)],
+)
+@pytest.mark.parametrize("flags", [[], ["--debug"]])
+def test_known_error_ends_with_its_code_and_a_traceback_only_with_debug(
+    error: type[BaseException], code: int, flags: list[str], config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(settings: object) -> None:
+        raise error("row 3 [bold]is[/bold] null")
+
+    monkeypatch.setattr("llm.training.dataprep.prepare", fail)
+    result = CliRunner().invoke(app, ["dataprep", config, *flags])
+    assert result.exit_code == code
+    assert ("Traceback" in result.output) is (bool(flags) and issubclass(error, LlmTrainError))
+    if issubclass(error, LlmTrainError):
+        assert result.output.endswith("error: row 3 [bold]is[/bold] null\n")
+    else:
+        assert result.output == "stopped by Ctrl-C; nothing half-written is left\n"
+
+
+def test_set_wins_over_the_file(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    monkeypatch.setattr("llm.training.dataprep.prepare", lambda settings: found.append(settings.chunksize))
+    assert CliRunner().invoke(app, ["dataprep", config, "--set", "chunksize=77"]).exit_code == 0
+    assert found == [77]
+
+
+def test_config_error_and_help_load_nothing_heavy(tmp_path: Path) -> None:
+    (tmp_path / "dataprep.yaml").write_text(GOOD + "chunk_size: 9\n")
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom llm.cli import app\n"
+        "results = [CliRunner().invoke(app, [*sys.argv[1:]]), CliRunner().invoke(app, ['--help'])]\n"
+        "print([r.exit_code for r in results], 'chunksize' in results[0].output)\n"
+        "print([n for n in ('torch', 'transformers', 'datasets', 'pyarrow', 'pandas') if n in sys.modules])\n"
+    )
+    command = [sys.executable, "-c", code, "dataprep", str(tmp_path / "dataprep.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[2, 0] True", "[]"]
