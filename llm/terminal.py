@@ -45,7 +45,7 @@ def progress_bar(description: str, *, total: int, unit: str) -> Iterator[Callabl
     """A function that moves the bar on by so many `unit`s ("rows", "blocks"), while the context is open."""
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=16),  # so that the remaining time fits into 80 columns, up to 999,999 rows
         MofNCompleteColumn(),
         RateColumn(unit),
         TimeElapsedColumn(),

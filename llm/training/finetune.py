@@ -16,7 +16,7 @@ from llm.model_registry import find_model
 from llm.training.config import FinetuneConfig
 from llm.training.tune.adapter import add_adapter
 from llm.training.tune.base_model import load_base_model, load_tokenizer
-from llm.training.tune.data_check import check_data, load_blocks
+from llm.training.tune.data_check import check_data, open_blocks
 from llm.training.tune.export import export_model
 from llm.training.tune.isolation import keeps_examples_apart
 from llm.training.tune.output_sync import OutputSync
@@ -36,7 +36,7 @@ def finetune(config: FinetuneConfig) -> RunSummary:
     run = {"config": config.model_dump(mode="json"), "world_size": arguments.world_size}
     set_seed(arguments.seed)  # the Trainer does so too, but after the adapter has drawn its first weights
     tokenizer = load_tokenizer(config.base_model)
-    blocks = load_blocks(config, tokenizer)
+    blocks = open_blocks(config, tokenizer)
     output_paths = config.additional_output_paths if arguments.should_save else []  # rank 0 copies
     with OutputSync(config.local_output, output_paths) as mirror:
         mirror.probe()

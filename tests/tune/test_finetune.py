@@ -48,18 +48,21 @@ def save_base_model(folder: Path, architecture: str, **changes: Any) -> Path:
     return folder
 
 
-def prepare_blocks(folder: Path, base_model: Path, *, pack: bool = True) -> Path:
+def prepare_blocks(
+    folder: Path, base_model: Path, *, pack: bool = True, method: str = "save_to_disk", name: str = "blocks"
+) -> Path:
     rows = folder / "rows.jsonl"
     lines = [{"input": f"{n} + 1?", "response": f"It is {n + 1}." + "!" * (n % 5)} for n in range(36)]
     rows.write_text("\n".join(json.dumps(line) for line in lines))
-    writer = MethodConfig(method="save_to_disk", kwargs={"dataset_path": str(folder / "blocks")})
+    path_key = "dataset_path" if method == "save_to_disk" else "path_or_buf"
+    writer = MethodConfig(method=method, kwargs={path_key: str(folder / name)})
     source = DatasetConfig(method="load_path", kwargs={"path": str(rows)})
     prepare(
         DataPrepConfig(
             source_config=source, base_model=str(base_model), dataset_writer_config=writer, chunksize=128, pack=pack
         )
     )
-    return folder / "blocks"
+    return folder / name
 
 
 def make_config(folder: Path, base_model: Path, **changes: Any) -> FinetuneConfig:
@@ -195,6 +198,20 @@ def test_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path: Pat
         found.append(exported_weights(tmp_path))
     assert are_equal(found[0], found[1])
     assert not are_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(("method", "name"), [("to_csv", "b.csv"), ("to_json", "b.jsonl"), ("to_parquet", "b.parquet")])
+def test_blocks_of_every_writer_train_the_same_adapter(
+    method: str, name: str, tmp_path: Path, base_model: Path
+) -> None:
+    prepare_blocks(tmp_path, base_model)
+    path = prepare_blocks(tmp_path, base_model, method=method, name=name)
+    dataset = DatasetConfig(method="load_path", kwargs={"path": str(path)})
+    finetune(make_config(tmp_path, base_model, local_output=str(tmp_path / "folder" / "out")))
+    finetune(
+        make_config(tmp_path, base_model, local_output=str(tmp_path / "file" / "out"), train_dataset_config=dataset)
+    )
+    assert are_equal(exported_weights(tmp_path / "folder"), exported_weights(tmp_path / "file"))
 
 
 def test_blocks_of_another_tokenizer_are_refused_with_exit_code_3(tmp_path: Path, base_model: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm.errors import DataError
 from llm.tokenizer import tokenizer_fingerprint
 from llm.training.config import DatasetConfig, FinetuneConfig
-from llm.training.prep.dataset import dataset_location, load_dataset_config
+from llm.training.prep.dataset import dataset_location, load_blocks
 from llm.training.prep.manifest import Manifest, read_manifest
 from llm.training.tune.collator import COLUMNS
 from llm.training.tune.isolation import vocabulary_size
@@ -75,10 +75,10 @@ def check_blocks(dataset: Dataset, model: PreTrainedModel, *, key: str) -> Block
     )
 
 
-def load_blocks(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+def open_blocks(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Blocks:
     """The prepared data sets of a run, made with `tokenizer`; reads no block yet.
 
-    Raises ConfigError and DataError as `load_dataset_config`, `read_manifest` and `check_tokenizer` do.
+    Raises ConfigError and DataError as `prep.dataset.load_blocks`, `read_manifest` and `check_tokenizer` do.
     """
     train, manifest = _load(config.train_dataset_config, "train_dataset_config", config, tokenizer)
     if config.eval_dataset_config is None:
@@ -122,7 +122,7 @@ def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase, *, k
 def _load(
     dataset: DatasetConfig, key: str, config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, Manifest | None]:
-    loaded = load_dataset_config(dataset, key=key)
+    loaded = load_blocks(dataset, key=key)
     location = dataset_location(dataset)
     if location is None:
         logger.warning("%s names no path: whether its blocks fit this tokenizer cannot be checked.", key)
