@@ -1,4 +1,4 @@
-"""One row through all stages of preparation, with every value on its way written down."""
+"""One row through all stages, preparation and training, with every value on its way written down."""
 
 import json
 from pathlib import Path
@@ -6,18 +6,24 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import byte_level_tokenizer
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llm.prompt import Message
 from llm.prompt_format import Conversation, Segment, Turn
-from llm.training.config import DataPrepConfig, DatasetConfig
+from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig
 from llm.training.dataprep import prepare
+from llm.training.finetune import finetune
 from llm.training.prep.blocks import iterate_blocks, padding
 from llm.training.prep.dataset import Row, iterate_rows, load_blocks, load_source
 from llm.training.prep.encode import Example
 from llm.training.prep.engine import encode_rows, open_encoder
 from llm.training.prep.manifest import Sample, read_manifest
 from llm.training.prep.pack import pack_examples
+from llm.training.tune.collator import flatten_blocks
+from llm.training.tune.export import prompt_ids
+from llm.training.tune.loss import token_losses
 
 PROMPT_TEXT = "<|im_start|>user\nContext: 1+1=2\nInput: 1+1?<|im_end|>\n<|im_start|>assistant\nResponse:"
 TRAINED_TEXT = " 2<|im_end|>"
@@ -135,3 +141,57 @@ def test_one_row_trained_labels_decode_to_the_response_and_the_stop(config: Data
     labels = [label for label in BLOCK["labels"] if label != -100]
     assert tokenizer.decode(labels) == " 2<|im_end|>"
     assert tokenizer(PROMPT_TEXT, add_special_tokens=False)["input_ids"] == PROMPT_IDS
+
+
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(byte_level_tokenizer()),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+
+
+def test_one_row_in_training_has_the_written_batch_and_the_textbook_loss() -> None:
+    # Stage 7: padding is cut off, the node structure takes the place of a mask
+    batch = flatten_blocks([BLOCK])
+    structure = {name: batch.pop(name) for name in ("node_lengths", "node_parents")}
+    assert structure == {"node_lengths": [30], "node_parents": [-1]}
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [PROMPT_IDS + TRAINED_IDS],
+        "position_ids": [list(range(30))],
+        "labels": [[-100] * 28 + TRAINED_IDS],
+        "num_block_labels": [2],
+    }
+    # token 28 (" 2") is predicted from token 27 (":"), the stop token from " 2"
+    model = tiny_model()
+    logits = model(input_ids=torch.tensor([PROMPT_IDS + TRAINED_IDS])).logits[0, [27, 28]]
+    expected = -logits.log_softmax(-1)[[0, 1], TRAINED_IDS]
+    torch.testing.assert_close(token_losses(model, batch, has_logits_to_keep=True), expected)
+
+
+def test_one_row_trained_is_served_with_its_own_prompt_and_stop(config: DataPrepConfig, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    prepare(config)
+    # Stages 6 to 9
+    summary = finetune(
+        FinetuneConfig.model_validate(
+            {
+                "base_model": str(tmp_path / "model"),
+                "train_dataset_config": str(tmp_path / "train"),
+                "local_output": str(tmp_path / "out"),
+                "torch_dtype": "float32",
+                "report_to": "none",
+                "training_arguments": {"max_steps": 1, "gradient_accumulation_steps": 1},
+            }
+        )
+    )
+    assert summary.result == str(tmp_path / "out" / "final_output")
+    served = AutoTokenizer.from_pretrained(summary.result)
+    assert prompt_ids(served, "1+1?", ["1+1=2"]) == PROMPT_IDS
+    assert 4 in GenerationConfig.from_pretrained(summary.result).eos_token_id
+    assert (tmp_path / "out" / "final_output" / "adapter_model.safetensors").is_file()

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,6 +164,8 @@ def load(folder: Path) -> tuple[Any, Any]:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
+    # peft 0.21.2 reads a name that transformers 5.23 renamed; delete when peft does not.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     return model.eval(), AutoTokenizer.from_pretrained(folder)

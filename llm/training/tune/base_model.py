@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from llm.errors import ConfigError
 from llm.training.config import FinetuneConfig
@@ -37,6 +38,7 @@ def load_base_model(config: FinetuneConfig) -> PreTrainedModel:
     precision = resolve_precision(config)
     quantization = quantization_config(config)
     logger.info("base_model %s: %s weights; %s", config.base_model, precision.weights, precision.reason)
+    disable_progress_bar()  # it fills the terminal for half a second of loading
     with _loading_errors(config.base_model):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             config.base_model,
