@@ -59,3 +59,16 @@ def test_config_error_and_help_load_nothing_heavy(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "dataprep", str(tmp_path / "dataprep.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[2, 0] True", "[]"]
+
+
+@pytest.mark.parametrize("script", ["dataprep", "finetune"])
+def test_script_started_as_a_file_tells_a_config_error_before_it_loads_anything_heavy(
+    script: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.yaml").write_text("bass_model: x\n")
+    file = Path(__file__).parents[1] / "llm" / "training" / f"{script}.py"
+    command = [sys.executable, "-X", "importtime", str(file), str(tmp_path / "bad.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 2 and "Did you mean `base_model`?" in done.stderr
+    assert "llm.training.config" in imported and not imported & {"torch", "transformers", "datasets", "pyarrow"}

@@ -3,10 +3,14 @@
 import sys
 from pathlib import Path
 
-if not __package__:  # started as a file: Python put this folder first, where our module names would shadow others
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == "__main__":  # ahead of the imports below, which take seconds: a mistake in the YAML is told at once
+    if not __package__:  # started as a file: Python put this folder first, where our module names would shadow others
+        sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import typer
 
-import typer
+    from llm.cli import dataprep as command
+
+    typer.run(command)
 
 from llm.training.config import DataPrepConfig
 from llm.training.prep.blocks import iterate_blocks, padding
@@ -39,9 +43,3 @@ def prepare(config: DataPrepConfig) -> Manifest:
         write_records(ledger_with_blocks(examples, packing), manifest, staging)
     print_summary(manifest, config, target.path)
     return manifest
-
-
-if __name__ == "__main__":
-    from llm.cli import dataprep
-
-    typer.run(dataprep)

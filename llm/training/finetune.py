@@ -6,10 +6,15 @@ python llm/training/finetune.py config.yaml
 import sys
 from pathlib import Path
 
-if not __package__:  # started as a file: Python put this folder first, where our names would shadow others
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == "__main__":  # ahead of the imports below, which take seconds: a mistake in the YAML is told at once
+    if not __package__:  # started as a file: Python put this folder first, where our module names would shadow others
+        sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import typer
 
-import typer
+    from llm.cli import finetune as command
+
+    typer.run(command)
+
 from transformers import set_seed
 
 from llm.model_registry import find_model
@@ -66,9 +71,3 @@ def finetune(config: FinetuneConfig) -> RunSummary:
     if signals.interrupted:
         raise SystemExit(signals.exit_code)
     return summary
-
-
-if __name__ == "__main__":
-    from llm.cli import finetune as command
-
-    typer.run(command)
