@@ -11,6 +11,7 @@ from datasets import Dataset
 from prep_helpers import make_config, settings
 
 from llm.errors import DataError
+from llm.model_registry import KnownModel
 from llm.named_formats import ChatMLFormat
 from llm.prompt import Prompt
 from llm.tokenizer import PromptTokenizer
@@ -197,7 +198,7 @@ def test_summary_names_reasons_rows_and_place(
     shown = capsys.readouterr().err
     assert "\x1b" not in shown
     lines = [line.split() for line in shown.splitlines()]
-    advice = "2 (longer than chunksize: raise it, or set on_too_long; rows 1, 5)"
+    advice = "2 (longer than chunksize, or than the model can read: raise chunksize, or set on_too_long; rows 1, 5)"
     assert ["dropped:", "too_long", *advice.split()] in lines
     assert "become control tokens" in shown if allowed else "kept as text" in shown
     assert ["written", "to", "out/train"] in lines
@@ -213,6 +214,15 @@ def test_open_encoder_takes_everything_from_the_config(config: DataPrepConfig) -
     assert (encoder.max_tokens, encoder.on_too_long, encoder.allow_special_tokens_in_data) == (100, "error", True)
     assert encoder.prompt_format.stop == "<|im_end|>"
     assert type(encoder.prompt).__name__ == "DefaultPrompt"
+
+
+def test_open_encoder_of_a_known_model_takes_no_example_longer_than_it_can_read(
+    config: DataPrepConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = KnownModel(max_length=40)
+    monkeypatch.setattr("llm.training.prep.engine.find_model", lambda base_model: known)
+    assert open_encoder(config.model_copy(update={"chunksize": 100})).max_tokens == 40
+    assert open_encoder(config.model_copy(update={"chunksize": 39})).max_tokens == 39
 
 
 def test_encode_rows_in_several_batches_numbers_rows_through(

@@ -27,7 +27,7 @@ DropReason = Literal["empty_response", "empty_prompt", "too_long", "not_represen
 DROP_ADVICE: dict[str, str] = {
     "empty_response": "no response to learn from",
     "empty_prompt": "no prompt token from which to predict the response's first",
-    "too_long": "longer than chunksize: raise it, or set on_too_long",
+    "too_long": "longer than chunksize, or than the model can read: raise chunksize, or set on_too_long",
     "not_representable": "the tokenizer has no tokens for some of its characters",
     "no_exact_boundary": "prompt and response cannot be told apart in tokens",
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.errors import DataError
+from llm.model_registry import find_model
 from llm.prompt_registry import make_prompt, make_prompt_format
 from llm.terminal import progress_bar
 from llm.tokenizer import load_prompt_tokenizer
@@ -35,7 +36,8 @@ def open_encoder(config: DataPrepConfig) -> Encoder:
             base_model=config.base_model,
             tokenizer=tokenizer,
         ),
-        max_tokens=config.chunksize,
+        # A block may hold more tokens than the model has positions, an example may not.
+        max_tokens=min(config.chunksize, find_model(config.base_model).max_length or config.chunksize),
         on_too_long=config.on_too_long,
         allow_special_tokens_in_data=config.allow_special_tokens_in_data,
     )
