@@ -62,7 +62,7 @@ def find_model(base_model: str) -> KnownModel:
 
 def check_is_reachable(base_model: str) -> None:
     """ConfigError when `base_model` looks like a path and is none; a hub id is left to the hub."""
-    is_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
+    is_path = base_model.startswith((".", "/", "~")) or base_model.endswith("/") or base_model.count("/") > 1
     if is_path and not Path(base_model).is_dir():
         raise ConfigError(
             f"base_model: there is no folder `{base_model}` (looked in {Path.cwd()}). "

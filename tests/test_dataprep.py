@@ -24,6 +24,7 @@ import s3fs
 from conftest import byte_level_tokenizer
 from datasets import Dataset, DatasetDict
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+from prep_helpers import write_jsonl
 from typer.testing import CliRunner, Result
 
 from llm.cli import app
@@ -58,11 +59,6 @@ def some_rows(number: int = 30) -> Rows:
         }
         for n in range(number)
     ]
-
-
-def write_jsonl(path: Path, rows: Rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def writer_config(target: str | Path, method: str = "save_to_disk") -> dict[str, Any]:
@@ -347,7 +343,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["dataset_writer_config.method", "to_parket", "Did you mean `to_parquet`?"],
     ),
     "unknown_writer_argument": (
-        {"dataset_writer_config": {"method": "save_to_disk", "kwargs": {"dataset_path": "/tmp/x", "max_shards": 3}}},
+        {"dataset_writer_config": {"method": "save_to_disk", "kwargs": {"dataset_path": "x", "max_shards": 3}}},
         ["dataset_writer_config", "max_shards"],
     ),
     "writer_without_a_path": (

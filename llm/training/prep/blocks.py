@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import DataPrepConfig
-from llm.training.prep.pack import Ints, Packing
+from llm.training.prep.arrays import Ints, flatten_lists, make_lists
+from llm.training.prep.pack import Packing
 
 _BLOCKS_AT_ONCE = 1000
 _TOKENS = pa.list_(pa.int32())
@@ -67,8 +68,8 @@ def iterate_blocks(examples: pa.Table, packing: Packing, padding: Padding) -> It
 
 def _batch(members: pa.Table, starts: Ints, padding: Padding) -> pa.RecordBatch:
     """Blocks of `members`: block b holds members starts[b] to starts[b + 1]."""
-    ids, lengths = _flat(members["input_ids"])
-    spans, num_spans = _flat(members["trained"])
+    ids, lengths = flatten_lists(members["input_ids"])
+    spans, num_spans = flatten_lists(members["trained"])
     example_ends = np.cumsum(lengths)
     position_ids = np.arange(len(ids)) - np.repeat(example_ends - lengths, lengths)
     labels = np.where(_is_trained(spans, num_spans, example_ends - lengths, len(ids)), ids, padding.ignore_index)
@@ -81,10 +82,10 @@ def _batch(members: pa.Table, starts: Ints, padding: Padding) -> pa.RecordBatch:
         place.lists(np.ones_like(ids), 0, pa.int8()),
         place.lists(labels, padding.ignore_index, pa.int32()),
         place.lists(position_ids, 0, pa.int32()),
-        _lists(lengths, num_examples, pa.int32()),
-        _lists(ones, num_examples, pa.int32()),
+        make_lists(lengths, num_examples, pa.int32()),
+        make_lists(ones, num_examples, pa.int32()),
         pa.array(_joined(members["text"].to_pylist(), starts), pa.string()),
-        _lists(members["row"].to_numpy(), num_examples, pa.int64()),
+        make_lists(members["row"].to_numpy(), num_examples, pa.int64()),
     ]
     return pa.record_batch(columns, schema=BLOCK_SCHEMA)
 
@@ -100,7 +101,7 @@ class _Place:
     def lists(self, values: npt.NDArray[np.integer], fill: int, kind: pa.DataType) -> pa.ListArray:
         padded = np.full(self._sizes.sum(), fill, dtype=kind.to_pandas_dtype())
         padded[self._index] = values
-        return _lists(padded, self._sizes, kind)
+        return make_lists(padded, self._sizes, kind)
 
 
 def _is_trained(spans: Ints, num_spans: Ints, example_starts: Ints, num_tokens: int) -> npt.NDArray[np.bool_]:
@@ -109,17 +110,6 @@ def _is_trained(spans: Ints, num_spans: Ints, example_starts: Ints, num_tokens: 
     np.add.at(steps, edges[::2], 1)
     np.add.at(steps, edges[1::2], -1)
     return np.cumsum(steps[:-1]) > 0
-
-
-def _flat(column: pa.ChunkedArray) -> tuple[Ints, Ints]:
-    """The values of a column of lists in a row, and the length of each list."""
-    lists = column.chunk(0)
-    return lists.flatten().to_numpy().astype(np.int64), lists.value_lengths().to_numpy().astype(np.int64)
-
-
-def _lists(values: npt.NDArray[np.integer], lengths: Ints, kind: pa.DataType) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind))
 
 
 def _joined(texts: list[str], starts: Ints) -> list[str]:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+from llm.training.prep.arrays import Ints
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,9 +127,8 @@ def _score_rule(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[s
         unknown.append("a window that its attention function is not told")
     if unknown:
         raise ConfigError(
-            f"base_model: `{model}` computes its attention with {', '.join(unknown)}, which training on "
-            "packed blocks "
-            "does not do: its loss would be wrong. Choose another base model."
+            f"base_model: `{model}` computes its attention with {', '.join(unknown)}, which training on packed "
+            "blocks does not do: its loss would be wrong. Choose another base model."
         )
     return ScoreRule(
         scaling=kwargs.get("scaling"),
@@ -142,9 +141,8 @@ def _score_rule(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[s
 def _refuse_packed(position_ids: Tensor | None) -> None:
     if position_ids is not None and (position_ids.diff(dim=-1) != 1).any():
         raise ValueError(
-            "these position_ids restart: the row holds several texts, and without `node_lengths` and "
-            "`node_parents` they "
-            "would see each other."
+            "these position_ids restart: the row holds several texts, and without `node_lengths` and `node_parents` "
+            "they would see each other."
         )
 
 

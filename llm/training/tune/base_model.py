@@ -1,7 +1,6 @@
 """The base model and its tokenizer, in the dtype that suits the machine: stage 6 of the road."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from llm.errors import ConfigError
+from llm.model_registry import check_is_reachable
 from llm.training.config import FinetuneConfig
 from llm.training.tune.attention import NODE_ATTENTION
 from llm.training.tune.quantization import quantization_config
@@ -93,9 +93,8 @@ def _asked_precision(config: FinetuneConfig, *, is_cuda: bool, fast: torch.dtype
         )
     if weights is torch.bfloat16 and fast is not torch.bfloat16:
         logger.warning(
-            "torch_dtype: bfloat16 is emulated by this processor, up to 25 times slower than float32. "
-            "`torch_dtype: auto` "
-            "takes what is fast."
+            "torch_dtype: bfloat16 is emulated by this processor, up to 25 times slower than float32. `torch_dtype: "
+            "auto` takes what is fast."
         )
     autocast = None if weights is torch.float32 else weights
     return Precision(weights=weights, autocast=autocast, reason="as `torch_dtype` says")
@@ -117,12 +116,7 @@ def _fast_dtype(*, is_cuda: bool) -> tuple[torch.dtype, str]:
 @contextmanager
 def _loading_errors(base_model: str) -> Iterator[None]:
     """Turns what loading from a folder or the hub raises into a ConfigError."""
-    if _looks_like_path(base_model) and not os.path.isdir(base_model):
-        raise ConfigError(
-            f"base_model: there is no folder `{base_model}` (seen from {os.getcwd()}). Write the path of a "
-            "model folder, "
-            "or a hub id such as `HuggingFaceTB/SmolLM2-135M`."
-        )
+    check_is_reachable(base_model)
     try:
         yield
     # transformers raises these for each: unknown id, no network, odd files
@@ -132,7 +126,3 @@ def _loading_errors(base_model: str) -> Iterator[None]:
             "machine can "
             "reach (a private one needs `hf auth login`), or the path of a folder that holds the model."
         ) from error
-
-
-def _looks_like_path(base_model: str) -> bool:
-    return base_model.startswith((".", "/", "~")) or base_model.endswith("/") or base_model.count("/") > 1

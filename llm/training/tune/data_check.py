@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm.errors import DataError
 from llm.tokenizer import tokenizer_fingerprint
 from llm.training.config import DatasetConfig, FinetuneConfig
+from llm.training.prep.arrays import flatten_lists
 from llm.training.prep.dataset import dataset_location, load_blocks
 from llm.training.prep.manifest import Manifest, read_manifest
 from llm.training.tune.collator import COLUMNS
@@ -24,8 +25,6 @@ from llm.training.tune.isolation import vocabulary_size
 
 logger = logging.getLogger(__name__)
 _BLOCKS_AT_ONCE = 1000
-
-Ints = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +65,7 @@ def check_blocks(dataset: Dataset, model: PreTrainedModel, *, key: str) -> Block
         first += table.num_rows
     if num_labels == 0:
         raise DataError(
-            f"{key}: none of the {num_tokens:,} tokens is trained: every label is masked. Look at the "
-            "`labels` that "
+            f"{key}: none of the {num_tokens:,} tokens is trained: every label is masked. Look at the `labels` that "
             "dataprep wrote, and at its `ignore_index`."
         )
     return BlockFacts(
@@ -111,8 +109,7 @@ def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase, *, k
         return
     text = (
         f"{key}: the blocks were made with the tokenizer {manifest.tokenizer_fingerprint} of "
-        f"`{manifest.base_model}`, "
-        f"`base_model` has the tokenizer {found}: the same ids mean other words."
+        f"`{manifest.base_model}`, `base_model` has the tokenizer {found}: the same ids mean other words."
     )
     if not allow_mismatch:
         raise DataError(f"{text} Run dataprep with this `base_model`, or write `allow_tokenizer_mismatch: true`.")
@@ -138,11 +135,11 @@ class _Blocks:
 
     def __init__(self, table: pa.Table, *, key: str, first: int) -> None:
         self._key, self._first = key, first
-        self.ids, self.sizes = _flat(table["input_ids"])
-        self.labels, self._num_labels = _flat(table["labels"])
-        self.positions, self._num_positions = _flat(table["position_ids"])
-        self.nodes, self.num_nodes = _flat(table["node_lengths"])
-        self.parents, self._num_parents = _flat(table["node_parents"])
+        self.ids, self.sizes = flatten_lists(table["input_ids"])
+        self.labels, self._num_labels = flatten_lists(table["labels"])
+        self.positions, self._num_positions = flatten_lists(table["position_ids"])
+        self.nodes, self.num_nodes = flatten_lists(table["node_lengths"])
+        self.parents, self._num_parents = flatten_lists(table["node_parents"])
 
     def check_shape(self) -> None:
         """DataError where the columns do not fit together, or a node begins with a label."""
@@ -199,29 +196,18 @@ def _check_columns(dataset: Dataset, key: str) -> None:
     missing = [name for name in COLUMNS if name not in dataset.column_names]
     if missing:
         raise DataError(
-            f"{key}: no column {', '.join(missing)}; there are {', '.join(dataset.column_names)}. These are "
-            "not blocks "
-            "of dataprep: run it on the rows first, and name what it wrote."
+            f"{key}: no column {', '.join(missing)}; there are {', '.join(dataset.column_names)}. These are not "
+            "blocks of dataprep: run it on the rows first, and name what it wrote."
         )
     for name in COLUMNS:
         inner = getattr(dataset.features[name], "feature", None)
         if not str(getattr(inner, "dtype", "")).startswith(("int", "uint")):
             raise DataError(
-                f"{key}: column `{name}` must hold lists of integers, it is {dataset.features[name]}. Write "
-                "the blocks "
-                "with `save_to_disk` or `to_parquet`: csv keeps no lists."
+                f"{key}: column `{name}` must hold lists of integers, it is {dataset.features[name]}. Write the "
+                "blocks with `save_to_disk` or `to_parquet`: csv keeps no lists."
             )
     if len(dataset) == 0:
         raise DataError(f"{key}: the data set has no blocks. See dataprep's report for why no row was kept.")
-
-
-def _flat(column: pa.ChunkedArray) -> tuple[Ints, Ints]:
-    """The values of a column of lists in a row, and the length of each list."""
-    lists = column.combine_chunks()
-    if isinstance(lists, pa.ChunkedArray):
-        lists = pa.concat_arrays(lists.chunks)
-    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
-    return lists.flatten().to_numpy(zero_copy_only=False), lengths
 
 
 def _starts(lengths: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -123,7 +123,6 @@ def _relative_difference(packed: Tensor, separate: Tensor) -> float:
 
 def _refusal(model: PreTrainedModel, reason: str) -> ConfigError:
     return ConfigError(
-        f"base_model: `{model.config.model_type}` ({type(model).__name__}) does not keep packed examples "
-        "apart: "
+        f"base_model: `{model.config.model_type}` ({type(model).__name__}) does not keep packed examples apart: "
         f"{reason}. Prepare the data with `pack: false` in dataprep.yaml, or choose another base model."
     )

@@ -42,8 +42,7 @@ def _find_checkpoint(config: FinetuneConfig, mirror: OutputSync) -> str | None:
         return mirror.restore()
     if not os.path.isdir(asked):
         raise CheckpointError(
-            f"resume_from_checkpoint: there is no folder `{asked}`. Write `true` for the newest checkpoint "
-            "of "
+            f"resume_from_checkpoint: there is no folder `{asked}`. Write `true` for the newest checkpoint of "
             f"`{config.local_output}`, or the path of one."
         )
     damage = find_damage(asked)

@@ -100,9 +100,8 @@ def tracking_arguments(config: FinetuneConfig) -> dict[str, Any]:
         else:
             raise ConfigError(
                 f"experiment_tracking_config.kwargs: `{tracking.method}` takes no `{name}` here. "
-                f"{did_you_mean(name, {*tracker.variables, *tracker.arguments})} Everything else, each key "
-                "and password "
-                "too, is set by the tracker's environment variables."
+                f"{did_you_mean(name, {*tracker.variables, *tracker.arguments})} Everything else, each key and "
+                "password too, is set by the tracker's environment variables."
             )
     return arguments
 
