@@ -212,6 +212,6 @@ def _behind(start: str, whole: str) -> str:
     raise DataError(
         "ChatTemplateFormat: the chat template renders the prompt differently once the answer follows, so what "
         f"is trained would not be what is served. First difference at character {place}: prompt "
-        f"{start[near]!r}, whole {whole[near]!r}. Train the last turn only, set "
+        f"{start[near]!r}, whole {whole[near]!r}. Set `train_on: last`, set "
         "prompt_format_config.kwargs.template_kwargs (e.g. enable_thinking: false), or use a named format."
     )
