@@ -11,10 +11,11 @@ from typing import Any
 from llm.errors import ConfigError, DataError
 from llm.tokenizer import PromptTokenizer, load_prompt_tokenizer
 from llm.training.config import DataPrepConfig, DatasetConfig
-from llm.training.prep.dataset import check_source, iterate_rows, load_blocks, load_source
+from llm.training.prep.dataset import check_source, load_blocks
 from llm.training.prep.encode import DROP_ADVICE, Dropped, Encoder, Example, Outcome
-from llm.training.prep.engine import open_encoder
+from llm.training.prep.engine import for_source, open_encoder
 from llm.training.prep.manifest import Manifest, read_manifest
+from llm.training.prep.rows import iterate_rows, load_source
 from llm.training.prep.token_view import Part, View, token_runs
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,12 @@ def row_views(config: DataPrepConfig, *, first: int, num_rows: int) -> Iterator[
     """
     check_source(config.source_config)
     encoder = open_encoder(config)
-    rows = load_source(config.source_config)
-    _check_first(first, len(rows), "rows")
-    for batch in islice(iterate_rows(rows, batch_size=1), first, first + num_rows):
+    source = load_source(config.source_config, columns=config.columns, row_format=config.row_format)
+    encoder = for_source(encoder, config, source)
+    _check_first(first, len(source.dataset), "rows")
+    for batch in islice(iterate_rows(source, batch_size=1), first, first + num_rows):
         yield outcome_view(encoder.encode(batch)[0], encoder)
-    yield _range_view("rows", first, num_rows, len(rows))
+    yield _range_view("rows", first, num_rows, len(source.dataset))
 
 
 def block_views(path: str, *, first: int, num_blocks: int, base_model: str | None) -> Iterator[View]:
