@@ -97,6 +97,22 @@ def _row_config(target: str, base_model: str | None, overrides: list[str]) -> "D
     return None
 
 
+@app.command()
+def merge(
+    final_output: Annotated[str, typer.Argument(metavar="FINAL_OUTPUT", help="The folder of a trained adapter.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder to write; it must not exist.")],
+    base_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where the base model is now; default: where training found it.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Put a trained adapter into its base model: one whole model, as servers read it."""
+    with _errors_told(debug):
+        from llm.training.tune.merge import merge_adapter
+
+        merge_adapter(final_output, target, base_model=base_model)
+
+
 @contextmanager
 def _errors_told(debug: bool) -> Iterator[None]:
     """Known errors as one text without a traceback, and their exit code."""
