@@ -149,3 +149,23 @@ def test_chat_template_absent_is_none() -> None:
     tokenizer = SMOLLM2.tokenizer()
     tokenizer.chat_template = None
     assert PromptTokenizer(tokenizer).chat_template is None
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_gives_back_agrees_with_decoding(kind: str) -> None:
+    tokenizer = PromptTokenizer(TOKENIZERS[kind]())
+    texts = ["Hi there", "日本語 👩\u200d👩\u200d👧 é", "</s><|im_end|>", "\x00\x7f\n", "", " "]
+    ids = tokenizer.encode(texts)
+    assert (tokenizer._bytes is None) == (kind != "byte_level")
+    assert tokenizer.gives_back(ids, texts) == [
+        decoded == t for decoded, t in zip(tokenizer.decode(ids), texts, strict=True)
+    ]
+    assert tokenizer.gives_back([ids[0][:-1], *ids[1:]], texts)[0] is False
+
+
+def test_bytes_of_every_token_are_what_the_decoder_gives(tokenizers: dict[str, PromptTokenizer]) -> None:
+    tokenizer = tokenizers["byte_level"]
+    assert tokenizer._bytes is not None
+    pairs = [(one.decode("utf-8", "replace"), tokenizer.decode([[n]])[0]) for n, one in enumerate(tokenizer._bytes)]
+    assert len(pairs) > 256
+    assert all(ours == decoded for ours, decoded in pairs)

@@ -13,9 +13,10 @@ import pyarrow as pa
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import DataPrepConfig
 from llm.training.prep.arrays import Ints, flatten_lists, make_lists
+from llm.training.prep.overlap import two_at_a_time
 from llm.training.prep.pack import Packing
 
-_BLOCKS_AT_ONCE = 1000
+_BLOCKS_AT_ONCE = 500
 _TOKENS = pa.list_(pa.int32())
 BLOCK_SCHEMA = pa.schema(
     [
@@ -60,10 +61,14 @@ def iterate_blocks(examples: pa.Table, packing: Packing, padding: Padding) -> It
         position_ids   0   1   2 3  0   1   2 3  0
         node_lengths   4 4          node_parents -1 -1      example_rows  0 1
     """
-    for first in range(0, packing.num_blocks, _BLOCKS_AT_ONCE):
+
+    def batch(first: int) -> pa.RecordBatch:
         starts = packing.block_starts[first : first + _BLOCKS_AT_ONCE + 1]
         members = examples.take(packing.examples[starts[0] : starts[-1]]).combine_chunks()
-        yield _batch(members, starts - starts[0], padding)
+        return _batch(members, starts - starts[0], padding)
+
+    for _, made in two_at_a_time(batch, range(0, packing.num_blocks, _BLOCKS_AT_ONCE)):
+        yield made
 
 
 def _batch(members: pa.Table, starts: Ints, padding: Padding) -> pa.RecordBatch:

@@ -6,21 +6,20 @@
     I4  few-shot examples and contexts are never labels
     I5  control-token text in a row stays text
 
-Tokenizing prompt and response together can merge across the boundary, tokenizing them apart puts a stray space before
-the answer with SentencePiece. So: the ids of the whole where the prompt's ids begin it, else the *anchored join*, the
-ids of one character and the response behind the ids of that character.
+How prompt and response are joined is in `join.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from llm.chat_template import ChatTemplateFormat, TemplateRefusal, answer_places, split_system
 from llm.errors import ConfigError, DataError, did_you_mean
 from llm.prompt import Message, Prompt
-from llm.prompt_format import PromptFormat, Segment, TrainOn, last_control_token
+from llm.prompt_format import PromptFormat, Segment, TrainOn
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import OnTooLong
+from llm.training.prep.join import JoinedIds, Pair, join_pairs
 from llm.training.prep.rows import Row
 
 DropReason = Literal[
@@ -88,23 +87,6 @@ class Dropped:
 Outcome = Example | Dropped
 
 
-class _Joint(NamedTuple):
-    """A prompt and its response, cut so that each piece is tokenized as it is in the whole text.
-
-    `lead` is the stop token before (dropped again), `head` ends where a control token begins, `tail` is the rest of the
-    prompt: mostly a constant such as `<|im_start|>assistant\\n`.
-    """
-
-    lead: str
-    head: str
-    tail: str
-    response: str
-
-
-_Pair = tuple[Segment, Segment]  # a prompt and its response
-_JoinedIds = tuple[list[int], list[int] | None]  # the ids of a prompt and of its response, None where no join is exact
-
-
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
     """Turns rows into examples of at most `max_tokens` tokens."""
@@ -137,26 +119,29 @@ class Encoder:
 
     def encode(self, rows: Sequence[Row]) -> list[Outcome]:
         """What became of each row, in order; DataError where `on_too_long: error` forbids dropping."""
-        outcomes: dict[int, Outcome] = {}
-        full = []
+        is_plain = self._are_plain(rows)
+        reasons = {row.number: self._why_unusable(row, is_plain=is_plain) for row in rows}
+        full = [row for row in rows if reasons[row.number] is None]
+        encoded = iter(self._encode_all(full, is_plain=is_plain))
+        outcomes: list[Outcome] = []
         for row in rows:
-            reason = self._why_unusable(row)
-            if reason:
-                outcomes[row.number] = Dropped(row=row.number, reason=reason)
-            else:
-                full.append(row)
-        for row, outcome in zip(full, self._encode_all(full), strict=True):
-            outcomes[row.number] = self._fitted(row, outcome)
-        return [outcomes[row.number] for row in rows]
+            reason = reasons[row.number]
+            outcomes.append(Dropped(row=row.number, reason=reason) if reason else self._fitted(row, next(encoded)))
+        return outcomes
 
-    def _why_unusable(self, row: Row) -> DropReason | None:
+    def _are_plain(self, rows: Sequence[Row]) -> bool:
+        """Whether no row holds control-token text or a lone surrogate: then nothing need be kept as text."""
+        texts = [_all_text(row) for row in rows]
+        return not self.tokenizer.has_control_text(texts) and not _has_lone_surrogate("\n".join(texts))
+
+    def _why_unusable(self, row: Row, *, is_plain: bool) -> DropReason | None:
         """What can be told without tokens."""
         answers = self._answers(row)
         if not answers or not all(answer.strip() for answer in answers):
             return "empty_response"
         if row.chat is not None and not isinstance(self.prompt_format, ChatTemplateFormat):
             return "needs_chat_template"
-        return "not_representable" if _has_lone_surrogate(row) else None
+        return "not_representable" if not is_plain and _has_lone_surrogate(_all_text(row)) else None
 
     def _answers(self, row: Row) -> list[str]:
         """What is to be trained."""
@@ -202,20 +187,22 @@ class Encoder:
         outcome = self._encode_all([replace(row, turns=(turn,))])[0]
         return outcome if isinstance(outcome, Example) and len(outcome.input_ids) <= self.max_tokens else None
 
-    def _encode_all(self, rows: Sequence[Row]) -> list[Outcome]:
-        pairs = [_pairs(self._segments(row)) for row in rows]
-        joints = [joint for one in pairs for joint in self._joints(one)]
-        ids = iter(self._join_all(joints))
-        outcomes = [self._example(row, one, ids) for row, one in zip(rows, pairs, strict=True)]
+    def _encode_all(self, rows: Sequence[Row], *, is_plain: bool = False) -> list[Outcome]:
+        pairs = [_pairs(self._segments(row, is_plain=is_plain)) for row in rows]
+        joined = join_pairs(pairs, self.tokenizer, stop=self.prompt_format.stop)
+        outcomes = [self._example(*one, is_plain=is_plain) for one in zip(rows, pairs, joined, strict=True)]
         return self._checked(outcomes)
 
-    def _segments(self, row: Row) -> list[Segment]:
+    def _segments(self, row: Row, *, is_plain: bool) -> list[Segment]:
         """The rendered row, its control-token text marked to stay text; none when the template refuses it."""
-        keep: Callable[[str], str] = str if self.allow_special_tokens_in_data else self.tokenizer.keep_as_text
+        is_kept = is_plain or self.allow_special_tokens_in_data
+        keep: Callable[[str], str] = str if is_kept else self.tokenizer.keep_as_text
         try:
             if row.chat is not None:
                 return self._chat_segments(_with_texts(row.chat, keep))
-            turns = [replace(turn, **_with_texts(_texts(turn), keep)) for turn in row.answered(self.train_on)]
+            turns = row.answered(self.train_on)
+            if not is_kept:
+                turns = [replace(turn, **_with_texts(_texts(turn), keep)) for turn in turns]
             return self.prompt_format.segments(self.prompt.conversation(turns, system=keep(row.system)))
         except TemplateRefusal as error:
             if row.chat is not None:
@@ -230,44 +217,11 @@ class Encoder:
         messages = self.prompt.chat(chat["messages"])
         return self.prompt_format.chat_segments(around, messages, tools=chat["tools"], train_on=self.train_on)
 
-    def _joints(self, pairs: Sequence[_Pair]) -> list[_Joint]:
-        joints: list[_Joint] = []
-        for prompt, response in pairs:
-            lead = self.prompt_format.stop if joints else ""
-            opening = lead + prompt.text
-            token = last_control_token(opening, self.tokenizer.cut_tokens)
-            cut = opening.rfind(token) if token else 0
-            joints.append(_Joint(lead, opening[:cut], opening[cut:], response.text))
-        return joints
-
-    def _join_all(self, joints: Sequence[_Joint]) -> list[_JoinedIds]:
-        """Per joint the prompt ids, and the response ids; None where no exact join exists."""
-        texts = dict.fromkeys(joint.tail for joint in joints)
-        texts |= dict.fromkeys(joint.head for joint in joints)
-        texts |= dict.fromkeys(joint.tail + joint.response for joint in joints)
-        ids_of = dict(zip(texts, self.tokenizer.encode(list(texts)), strict=True))
-        found = []
-        for joint in joints:
-            head, tail, whole = (ids_of[t] for t in (joint.head, joint.tail, joint.tail + joint.response))
-            response = whole[len(tail) :] if whole[: len(tail)] == tail else self._anchored(joint, tail, whole)
-            found.append(((head + tail)[bool(joint.lead) :], response))
-        return found
-
-    def _anchored(self, joint: _Joint, tail: list[int], whole: list[int]) -> list[int] | None:
-        text = self.tokenizer.decode([whole])[0]
-        for anchor in (joint.tail[-1:], "\n", "]", ""):
-            behind, both = self.tokenizer.encode([anchor, anchor + joint.response])
-            response = both[len(behind) :]
-            if both[: len(behind)] == behind and self.tokenizer.decode([tail + response])[0] == text:
-                return response
-        return None
-
-    def _example(self, row: Row, pairs: Sequence[_Pair], ids: Iterator[_JoinedIds]) -> Outcome:
+    def _example(self, row: Row, pairs: Sequence[Pair], joined: Sequence[JoinedIds], *, is_plain: bool) -> Outcome:
         if not pairs and row.chat is not None:
             return Dropped(row=row.number, reason="refused_by_template")
         input_ids: list[int] = []
         trained = []
-        joined = [next(ids) for _ in pairs]
         for (_, segment), (prompt, response) in zip(pairs, joined, strict=True):
             if response is None:
                 return Dropped(row=row.number, reason="no_exact_boundary")
@@ -281,8 +235,8 @@ class Encoder:
         if not trained or trained[0][0] == 0:
             return Dropped(row=row.number, reason="empty_prompt", num_tokens=len(input_ids))
         marked = "".join(prompt.text + response.text for prompt, response in pairs)
-        text = self.tokenizer.unmark(marked)
-        has_control_text = self._has_control_text(row) if self.allow_special_tokens_in_data else text != marked
+        text = marked if is_plain else self.tokenizer.unmark(marked)
+        has_control_text = text != marked or (not is_plain and self._lets_control_text_through(row))
         return Example(
             row=row.number,
             text=text,
@@ -292,27 +246,29 @@ class Encoder:
             has_control_text=has_control_text,
         )
 
-    def _has_control_text(self, row: Row) -> bool:
+    def _lets_control_text_through(self, row: Row) -> bool:
         text = _all_text(row)
-        return any(token in text for token in self.tokenizer.control_tokens)
+        return self.allow_special_tokens_in_data and any(token in text for token in self.tokenizer.control_tokens)
 
     def _checked(self, outcomes: list[Outcome]) -> list[Outcome]:
         """I2 and the stop token, for every example."""
         examples = [outcome for outcome in outcomes if isinstance(outcome, Example)]
-        decoded = dict(
-            zip((e.row for e in examples), self.tokenizer.decode([e.input_ids for e in examples]), strict=True)
-        )
         stop = self.tokenizer.control_tokens[self.prompt_format.stop]
-        checked: list[Outcome] = []
-        for outcome in outcomes:
-            if isinstance(outcome, Example):
-                assert outcome.input_ids[-1] == stop, "a format ends every response with its stop token"
-                outcome = replace(outcome, text=self.tokenizer.spelled(outcome.text))
-                if self.tokenizer.is_lossless and decoded[outcome.row] != outcome.text:
-                    num_tokens = len(outcome.input_ids)
-                    outcome = Dropped(row=outcome.row, reason="not_representable", num_tokens=num_tokens)
-            checked.append(outcome)
-        return checked
+        assert all(example.input_ids[-1] == stop for example in examples), "every response ends with its stop token"
+        texts = [self.tokenizer.spelled(example.text) for example in examples]
+        ids = [example.input_ids for example in examples]
+        is_lossless = self.tokenizer.is_lossless
+        given_back = iter(self.tokenizer.gives_back(ids, texts) if is_lossless else [True] * len(texts))
+        spelled = iter(texts)
+        return [
+            self._as_spelled(outcome, next(spelled), next(given_back)) if isinstance(outcome, Example) else outcome
+            for outcome in outcomes
+        ]
+
+    def _as_spelled(self, example: Example, text: str, is_given_back: bool) -> Outcome:
+        if not is_given_back:
+            return Dropped(row=example.row, reason="not_representable", num_tokens=len(example.input_ids))
+        return example if text == example.text else replace(example, text=text)
 
 
 def _texts(turn: Message) -> dict[str, Any]:
@@ -341,15 +297,15 @@ def _strings(value: Any) -> Iterator[str]:
         yield from _strings(part)
 
 
-def _has_lone_surrogate(row: Row) -> bool:
+def _has_lone_surrogate(text: str) -> bool:
     try:
-        _all_text(row).encode()
+        text.encode()
     except UnicodeEncodeError:
         return True
     return False
 
 
-def _pairs(segments: Sequence[Segment]) -> list[_Pair]:
+def _pairs(segments: Sequence[Segment]) -> list[Pair]:
     """Prompts and responses in turn, without what a format puts behind the stop token; none when a prompt is empty."""
     if not segments or segments[0].is_trained:
         return []

@@ -12,6 +12,7 @@ from llm.terminal import progress_bar
 from llm.tokenizer import load_prompt_tokenizer
 from llm.training.config import DataPrepConfig, MethodConfig
 from llm.training.prep.encode import DROP_ADVICE, Encoder
+from llm.training.prep.overlap import two_at_a_time
 from llm.training.prep.rows import Source, iterate_rows
 from llm.training.prep.store import Examples, ExampleWriter
 
@@ -57,8 +58,8 @@ def encode_rows(source: Source, encoder: Encoder, folder: Path) -> Examples:
     batches = iterate_rows(source, batch_size=_ROWS_AT_ONCE)
     bar = progress_bar("Tokenizing", total=num_rows, unit="rows")
     with ExampleWriter(folder) as writer, bar as advance:
-        for batch in batches:
-            writer.add(batch, encoder.encode(batch), train_on=encoder.train_on)
+        for batch, outcomes in two_at_a_time(encoder.encode, batches):
+            writer.add(batch, outcomes, train_on=encoder.train_on)
             advance(len(batch))
     examples = writer.read()
     if not len(examples.lengths):

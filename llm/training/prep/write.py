@@ -46,7 +46,7 @@ def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path, *, num_blocks:
             writer.write_batch(batch)
             advance(batch.num_rows)
     with path.open("rb") as file:
-        fingerprint = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return Dataset(Dataset.from_file(str(path)).data, fingerprint=fingerprint)
 
 

@@ -1,0 +1,28 @@
+"""Batches through a function in order, two at a time: one is computed outside of Python while the other is prepared."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+def two_at_a_time(function: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> Iterator[tuple[ItemT, ResultT]]:
+    """Each item and what `function` gives for it, in the order of `items`; its error is raised where its turn comes.
+
+    Threads: the tokenizer, NumPy and Arrow let go of Python while they compute. At most three items are held.
+    """
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        waiting: deque[tuple[ItemT, Future[ResultT]]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(function, item)))
+                if len(waiting) > 2:
+                    first, result = waiting.popleft()
+                    yield first, result.result()
+            for first, result in waiting:
+                yield first, result.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
