@@ -21,30 +21,38 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training_arguments.max_steps=10."),
 ]
+AllowCode = Annotated[
+    list[str] | None,
+    typer.Option("--allow-code", metavar="PACKAGE", help="Let `method: PACKAGE.module::name` run code."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
-def dataprep(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+def dataprep(
+    config: ConfigPath, overrides: Overrides = None, allow_code: AllowCode = None, debug: Debug = False
+) -> None:
     """Turn rows into packed blocks of tokens and labels."""
     from llm.training.config import DataPrepConfig
     from llm.training.config_file import load_config
 
     with _errors_told(debug):
-        settings = load_config(config, DataPrepConfig, overrides=overrides or [])
+        settings = load_config(config, DataPrepConfig, overrides=overrides or [], allow_code=allow_code or [])
         from llm.training.dataprep import prepare
 
         prepare(settings)
 
 
 @app.command()
-def finetune(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+def finetune(
+    config: ConfigPath, overrides: Overrides = None, allow_code: AllowCode = None, debug: Debug = False
+) -> None:
     """Tune a model on packed blocks."""
     from llm.training.config import FinetuneConfig
     from llm.training.config_file import load_config
 
     with _errors_told(debug):
-        settings = load_config(config, FinetuneConfig, overrides=overrides or [])
+        settings = load_config(config, FinetuneConfig, overrides=overrides or [], allow_code=allow_code or [])
         from llm.training.finetune import finetune as tune
 
         tune(settings)

@@ -4,6 +4,7 @@ Takes the plain data of a YAML file (`config_file.load_config`), gives a `DataPr
 Building one has no side effect and imports nothing heavy; the key tables of `README.md` are made from here.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -26,10 +27,29 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def _a_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _top_packages(names: list[str]) -> list[str]:
+    for name in names:
+        if not re.fullmatch(r"[^\W\d]\w*", name):
+            top = re.split(r"\W", name)[0] or "my_package"
+            raise ValueError(f"`allow_code` takes names of top packages: write `{top}`, not `{name}`")
+    return names
+
+
+PackageNames = Annotated[list[str], BeforeValidator(_a_list), AfterValidator(_top_packages)]
+ALLOW_CODE = (
+    "Packages whose code a `method: package.module::name` may run, as `--allow-code package` does; registered names "
+    "need none."
+)
+
+
 class MethodConfig(StrictModel):
     """Code named from YAML: a registered name or `path.to.module::name`, and its arguments."""
 
-    method: str = Field(description="A registered name, or `path.to.module::name`.")
+    method: str = Field(description="A registered name, or `path.to.module::name` of a package in `allow_code`.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the method.")
 
 
@@ -38,7 +58,7 @@ class DatasetConfig(StrictModel):
 
     method: str = Field(
         default="load_dataset",
-        description="`load_dataset`, `load_from_disk`, or `path.to.module::name`.",
+        description="`load_dataset`, `load_from_disk`, or `path.to.module::name` of a package in `allow_code`.",
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the method.")
 
@@ -95,14 +115,11 @@ class DataPrepConfig(StrictModel):
         description="`true` lets text such as `<|im_end|>` in a row become the control token; else it stays text.",
     )
     overwrite: bool = Field(default=False, description="Replace a data set that is already there.")
+    allow_code: PackageNames = Field(default_factory=list, description=ALLOW_CODE)
 
 
 def _canonical_dtype(value: Any) -> Any:
     return DTYPES.get(value, value) if isinstance(value, str) else value
-
-
-def _a_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 def _has_no_output_dir(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -165,6 +182,7 @@ class FinetuneConfig(StrictModel):
         "when it is installed.",
     )
     allow_tokenizer_mismatch: bool = Field(default=False, description="Train on blocks that another tokenizer made.")
+    allow_code: PackageNames = Field(default_factory=list, description=ALLOW_CODE)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "FinetuneConfig":

@@ -227,7 +227,7 @@ def test_duplicate_key_names_both_lines(error: Failing) -> None:
         ("chunksiz: 1", "dataprep has no key `chunksiz`. Did you mean `chunksize`?"),
         ("max_seq_length: 1", "Here it is called `chunksize`."),
         ("local_output: x", "It is a key of finetune: write it into the other file"),
-        ("zzz: 1", "Allowed: allow_special_tokens_in_data, base_model"),
+        ("zzz: 1", "Allowed: allow_code, allow_special_tokens_in_data, base_model"),
         (
             'chunksize: "2048"',
             '`chunksize` must be an integer, not the text "2048". Write 2048 without quotes.',
@@ -242,7 +242,7 @@ def test_duplicate_key_names_both_lines(error: Failing) -> None:
         ("prompt_config: ZeroShotQA", "Write `prompt_config: {method: ZeroShotQA}`."),
         ("prompt_config: {method: x, text: y}", "Arguments of the method belong under `kwargs:`."),
         ("prompt_config: {method: 3}", "`method` must be text, not the number 3."),
-        ("prompt_config: {kwargs: {}}", "`method` is missing. A registered name, or `path.to.module::name`."),
+        ("prompt_config: {kwargs: {}}", "`method` is missing. A registered name, or `path.to.module::name` of"),
         ("prompt_config: {method: m, kwargs: }", "`kwargs` must be a section of keys, not `null`"),
     ],
 )

@@ -7,7 +7,10 @@ Takes a path, a schema of `config.py` and the command line's `--set`; gives the 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
 from llm.errors import ConfigError
+from llm.registry import own_package
 from llm.training.config import DataPrepConfig, FinetuneConfig, default_training_arguments
 from llm.training.config_file import library_keys
 from llm.training.config_file.problem import Place, Problem, problem_text
@@ -18,18 +21,22 @@ from llm.training.config_file.yaml_text import Document, parse_yaml, read_yaml
 ConfigT = TypeVar("ConfigT", DataPrepConfig, FinetuneConfig)
 
 
-def load_config(path: str, schema: type[ConfigT], *, overrides: Sequence[str] = ()) -> ConfigT:
+def load_config(
+    path: str, schema: type[ConfigT], *, overrides: Sequence[str] = (), allow_code: Sequence[str] = ()
+) -> ConfigT:
     """The config in the YAML file at `path`, as `schema`.
 
     `overrides` are `training_arguments.max_steps=10` (the value is YAML) and win over the file. `${env:NAME}`
-    in a value becomes the text of that environment variable. Raises one ConfigError with all problems, each
-    with file, line, column, the line itself, what is wrong and what to write.
+    in a value becomes the text of that environment variable. `allow_code` is added to the key of this name.
+    Raises one ConfigError with all problems, each with file, line, column, the line itself, what is wrong and what
+    to write.
     """
     document = read_yaml(path)
     for override in overrides:
         _override(document, override)
+    _allow_code(document, allow_code)
     config, problems = validate(document.data, schema)
-    problems = document.problems + problems
+    problems = document.problems + problems + list(_code_problems(document.data, schema))
     if schema is FinetuneConfig:
         problems += _library_problems(document.data) + list(_cross_key_problems(document.data))
     secrets = [Problem(path=at, text=text) for at, text in secret_problems(document.data)]
@@ -71,7 +78,31 @@ def _override(document: Document, override: str) -> None:
     document.places[path] = place
 
 
-# --- the sections of the libraries, and rules across keys -------------------------------------------------
+def _allow_code(document: Document, packages: Sequence[str]) -> None:
+    """Adds what `--allow-code` says."""
+    given = document.data.get("allow_code", [])
+    given = [given] if isinstance(given, str) else given
+    if packages and isinstance(given, list):  # what is not a list is the schema's to refuse
+        document.data["allow_code"] = list(dict.fromkeys([*given, *packages]))
+        document.places.setdefault(("allow_code",), Place(where="--allow-code", line=" ".join(packages)))
+
+
+# --- code, the sections of the libraries, and rules across keys -------------------------------------------------
+
+
+def _code_problems(data: Mapping[str, Any], schema: type[BaseModel]) -> Iterator[Problem]:
+    """Each `module::name` of a package that `allow_code` does not name."""
+    allowed = data.get("allow_code", [])
+    allowed = [allowed] if isinstance(allowed, str) else allowed
+    for key in schema.model_fields:
+        method = _section(data, key).get("method")
+        package = own_package(method) if isinstance(method, str) and key != "experiment_tracking_config" else None
+        if package and not (isinstance(allowed, list) and package in allowed):
+            text = (
+                f"`{method}` is code of the package `{package}`, which `allow_code` does not name. If you trust it, "
+                f"write `allow_code: [{package}]` into this file, or `--allow-code {package}` on the command line."
+            )
+            yield Problem(path=(key, "method"), text=text)
 
 
 def _library_problems(data: Mapping[str, Any]) -> list[Problem]:
