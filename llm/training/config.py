@@ -44,6 +44,7 @@ ALLOW_CODE = (
     "Packages whose code a `method: package.module::name` may run, as `--allow-code package` does; registered names "
     "need none."
 )
+INCLUDE = "A YAML file, or a list of them, relative to this one: this file's keys win over theirs, key by key."
 
 
 class MethodConfig(StrictModel):
@@ -116,6 +117,10 @@ class DataPrepConfig(StrictModel):
     )
     overwrite: bool = Field(default=False, description="Replace a data set that is already there.")
     allow_code: PackageNames = Field(default_factory=list, description=ALLOW_CODE)
+    # Read by `config_file.include`, so that a loaded config has none left and is saved without it.
+    include: Annotated[list[str], BeforeValidator(_a_list)] = Field(
+        default_factory=list, exclude=True, description=INCLUDE
+    )
 
 
 def _canonical_dtype(value: Any) -> Any:
@@ -183,6 +188,10 @@ class FinetuneConfig(StrictModel):
     )
     allow_tokenizer_mismatch: bool = Field(default=False, description="Train on blocks that another tokenizer made.")
     allow_code: PackageNames = Field(default_factory=list, description=ALLOW_CODE)
+    # Read by `config_file.include`, so that a loaded config has none left and is saved without it.
+    include: Annotated[list[str], BeforeValidator(_a_list)] = Field(
+        default_factory=list, exclude=True, description=INCLUDE
+    )
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "FinetuneConfig":

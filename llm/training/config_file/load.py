@@ -1,7 +1,7 @@
 """A YAML file -> a checked config, or one ConfigError that holds every problem of the file.
 
 Takes a path, a schema of `config.py` and the command line's `--set`; gives the config. The file is read by
-`yaml_text.py`, the schema is checked by `schema.py`, the library sections by `library_keys.py`.
+`include.py` and `yaml_text.py`, the schema is checked by `schema.py`, the library sections by `library_keys.py`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +12,11 @@ from pydantic import BaseModel
 from llm.errors import ConfigError
 from llm.registry import own_package
 from llm.training.config import DataPrepConfig, FinetuneConfig, default_training_arguments
-from llm.training.config_file import library_keys
+from llm.training.config_file import include, library_keys
 from llm.training.config_file.problem import Place, Problem, problem_text
 from llm.training.config_file.schema import validate
 from llm.training.config_file.secret import mask_line, secret_problems
-from llm.training.config_file.yaml_text import Document, parse_yaml, read_yaml
+from llm.training.config_file.yaml_text import Document, parse_yaml
 
 ConfigT = TypeVar("ConfigT", DataPrepConfig, FinetuneConfig)
 
@@ -31,7 +31,7 @@ def load_config(
     Raises one ConfigError with all problems, each with file, line, column, the line itself, what is wrong and what
     to write.
     """
-    document = read_yaml(path)
+    document = include.read_with_includes(path)
     for override in overrides:
         _override(document, override)
     _allow_code(document, allow_code)
@@ -49,10 +49,14 @@ def load_config(
 
 def _message(document: Document, problems: Sequence[Problem]) -> str:
     placed = [(problem, problem.place or document.place(problem.path)) for problem in problems]
-    placed.sort(key=lambda pair: pair[1].line_number)  # those of the whole file first
+    placed.sort(key=lambda pair: (_included_file(document, pair[1]), pair[1].line_number))  # the whole file's first
     texts = list(dict.fromkeys(problem_text(problem, place) for problem, place in placed))
     count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
     return f"{document.source} has {count}:\n\n" + "\n\n".join(texts)
+
+
+def _included_file(document: Document, place: Place) -> str:
+    return "" if place.file == document.source else place.file
 
 
 def _override(document: Document, override: str) -> None:
@@ -62,6 +66,8 @@ def _override(document: Document, override: str) -> None:
     *sections, key = path = tuple(part.strip() for part in dotted.split("."))
     if not equals or not all(path):
         raise ConfigError(f"--set {shown}: write `--set key=value`, or `--set section.key=value`.")
+    if path[0] == include.KEY:
+        raise ConfigError(f"--set {shown}: files are included before `--set` is read. Write it into the file.")
     section = document.data
     for depth, name in enumerate(sections, start=1):
         section = section.setdefault(name, {})
@@ -73,6 +79,9 @@ def _override(document: Document, override: str) -> None:
     for known in [known for known in document.places if known[: len(path)] == path]:
         del document.places[known]
     document.problems[:] = [problem for problem in document.problems if problem.path[: len(path)] != path]
+    for known in [known for known in document.environment if known[: len(path)] == path]:
+        del document.environment[known]
+    document.environment.update({(*path, *at): given for at, given in value.environment.items()})
     for item in value.problems:
         document.problems.append(Problem(path=(*path, *item.path), text=item.text, place=place))
     document.places[path] = place

@@ -12,9 +12,10 @@ from llm.training.config_file.secret import KeyPath, mask_line, mask_secrets
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a key stands: `where` is `finetune.yaml:7:3` (or `--set`), `line` the text there."""
+    """Where a key stands: `where` is `finetune.yaml:7:3` (or `--set`), `line` the text there, `file` its file."""
 
     where: str
+    file: str = ""
     line: str = ""
     line_number: int = 0
 

@@ -1,7 +1,7 @@
 """A YAML file as plain Python values, with the place of every key.
 
-First step of `config_file.load_config`: takes a path, gives a `Document`. YAML 1.2 core schema: `1e-4` is a
-number, `no`, `on` and `12:30` are text, `012` is 12 (https://yaml.org/spec/1.2.2/#103-core-schema).
+Used by `include.py`, the first step of `config_file.load_config`: takes a path, gives a `Document`. YAML 1.2 core
+schema: `1e-4` is a number, `no`, `on` and `12:30` are text, `012` is 12 (https://yaml.org/spec/1.2.2/#103-core-schema).
 """
 
 import os
@@ -57,12 +57,16 @@ for _name, _pattern, _first in _CORE_SCHEMA:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A YAML file: `data` as plain values, the `places` of its keys, and the `problems` met so far."""
+    """A YAML file: `data` as plain values, the `places` of its keys, and the `problems` met so far.
+
+    `environment` has the text of each value that holds `${env:NAME}`, as it stands in the file.
+    """
 
     source: str
     data: Any
     places: dict[KeyPath, Place]
     problems: list[Problem] = field(default_factory=list)
+    environment: dict[KeyPath, str] = field(default_factory=dict)
 
     def place(self, path: KeyPath) -> Place:
         """The place of the key at `path`; of the nearest section around it when it is not in the file."""
@@ -101,7 +105,9 @@ def parse_yaml(text: str, *, source: str) -> Document:
         raise ConfigError(f"{source}: a `\\U` escape names no character: {error}.") from error
     reader = _NodeReader(source, lines)
     data = reader.value(node, ()) if node is not None else None
-    return Document(source=source, data=data, places=reader.places, problems=reader.problems)
+    return Document(
+        source=source, data=data, places=reader.places, problems=reader.problems, environment=reader.environment
+    )
 
 
 def _read_text(path: str) -> str:
@@ -133,6 +139,7 @@ class _NodeReader:
         self._num_values = 0
         self.places: dict[KeyPath, Place] = {}
         self.problems: list[Problem] = []
+        self.environment: dict[KeyPath, str] = {}
 
     def value(self, node: Node, path: KeyPath) -> Any:
         self._num_values += 1
@@ -169,6 +176,7 @@ class _NodeReader:
             self._add(path, self._place(node), problem)
             return None
         if "${env:" in text:
+            self.environment[path] = text
             text = self._with_environment(text, path)
             if node.style is None:  # unquoted: read as if the variable's text stood here
                 tag = str(_CoreResolver().resolve(ScalarNode, text, (True, False)))
@@ -244,11 +252,12 @@ def _place_at(text: str, position: int, source: str) -> Place:
     line_number, column = before.count("\n") + 1, position - (before.rfind("\n") + 1) + 1
     line = (text[position - column + 1 :].splitlines() or [""])[0]
     shown = "".join(character if character.isprintable() else "?" for character in line)
-    return Place(where=f"{source}:{line_number}:{column}", line=shown, line_number=line_number)
+    return Place(where=f"{source}:{line_number}:{column}", file=source, line=shown, line_number=line_number)
 
 
 def _place_of(mark: StringMark | None, source: str, lines: list[str]) -> Place:
     if mark is None:
         return Place(where=source)
     line = lines[mark.line] if mark.line < len(lines) else ""
-    return Place(where=f"{source}:{mark.line + 1}:{mark.column + 1}", line=line, line_number=mark.line + 1)
+    where = f"{source}:{mark.line + 1}:{mark.column + 1}"
+    return Place(where=where, file=source, line=line, line_number=mark.line + 1)
