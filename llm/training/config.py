@@ -7,7 +7,7 @@ Building one has no side effect and imports nothing heavy; the key tables of `RE
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 DTYPES = {
     "auto": "auto",
@@ -19,6 +19,9 @@ DTYPES = {
     "float32": "float32",
     "fp32": "float32",
 }
+
+
+KeyPath = tuple[str | int, ...]
 
 
 class StrictModel(BaseModel):
@@ -69,10 +72,21 @@ class DatasetConfig(StrictModel):
         return {"method": "load_path", "kwargs": {"path": value}} if isinstance(value, str) else value
 
 
+class ScriptConfig(StrictModel):
+    """A whole YAML file, which remembers where it named an environment variable."""
+
+    _environment: dict[KeyPath, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[KeyPath, str]:
+        """The text, such as `${env:NAME}/rows.jsonl`, of each value that came from the environment."""
+        return self._environment
+
+
 OnTooLong = Literal["drop", "error", "truncate_contexts"]
 
 
-class DataPrepConfig(StrictModel):
+class DataPrepConfig(ScriptConfig):
     """The YAML file of `dataprep`: rows -> rendered prompts -> tokens and labels -> packed blocks."""
 
     source_config: DatasetConfig = Field(
@@ -136,7 +150,7 @@ def _has_no_output_dir(arguments: dict[str, Any]) -> dict[str, Any]:
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_canonical_dtype)]
 
 
-class FinetuneConfig(StrictModel):
+class FinetuneConfig(ScriptConfig):
     """The YAML file of `finetune`: packed blocks -> adapter or full model, checkpoints, `final_output`."""
 
     base_model: str = Field(

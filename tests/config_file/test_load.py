@@ -168,6 +168,7 @@ def test_override_malformed_is_an_error(error: Failing, override: str, text: str
         ("a: b\x07\n", "config.yaml:1:5\n    a: b?\n    The control character U+0007"),
         ("a: b: c\n", "config.yaml:1:5\n    a: b: c\n    A second `: ` in one value"),
         ("a: [1\nb: 2\n", "config.yaml:2:2\n    b: 2\n    The `[` of line 1 is not closed"),
+        ("a: {b: ${env:X}, c: 1}\n", "config.yaml:1:9\n    a: {b: ${env:X}, c: 1}\n    Inside `{ }` the braces of"),
         ("a: {b: 1\n", "The `{` of line 1 is not closed"),
         ('a: "x\n', "The quote of line 1 is not closed"),
         ("a: 1\n---\nb: 1\n", "config.yaml:2:1\n    ---\n    A second document"),

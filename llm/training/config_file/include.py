@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import ConfigError, did_you_mean
+from llm.training.config import KeyPath
 from llm.training.config_file.problem import Place, Problem, problem_text, wrong_type
-from llm.training.config_file.secret import KeyPath
 from llm.training.config_file.yaml_text import Document, read_yaml
 
 KEY = "include"
@@ -46,13 +46,15 @@ class _IncludeReader:
 def _names(document: Document) -> Iterator[tuple[str, Place]]:
     """The paths under `include`, which is taken out, and their places."""
     given = document.data.pop(KEY, [])
+    for path in [path for path in document.environment if path[0] == KEY]:
+        del document.environment[path]
     for index, name in enumerate(given if isinstance(given, list) else [given]):
-        path: KeyPath = (KEY, index) if isinstance(given, list) else (KEY,)
+        place = document.place((KEY, index) if isinstance(given, list) else (KEY,))
         if isinstance(name, str) and name:
-            yield name, document.place(path)
+            yield name, place
         else:
             text = wrong_type(KEY, "a path or a list of paths", name)
-            document.problems.append(Problem(path=(KEY,), text=text, place=document.place(path)))
+            document.problems.append(Problem(path=(KEY,), text=text, place=place))
 
 
 def _included_path(name: str, chain: list[str], place: Place) -> str:

@@ -14,6 +14,7 @@ from llm.registry import own_package
 from llm.training.config import DataPrepConfig, FinetuneConfig, default_training_arguments
 from llm.training.config_file import include, library_keys
 from llm.training.config_file.problem import Place, Problem, problem_text
+from llm.training.config_file.save import path_in_config
 from llm.training.config_file.schema import validate
 from llm.training.config_file.secret import mask_line, secret_problems
 from llm.training.config_file.yaml_text import Document, parse_yaml
@@ -43,7 +44,9 @@ def load_config(
     secret_paths = {secret.path for secret in secrets}
     problems = secrets + [problem for problem in problems if problem.path not in secret_paths]
     if config is None or problems:
-        raise ConfigError(_message(document, problems))
+        raise ConfigError(_message(document, [_without_environment(problem, document) for problem in problems]))
+    plain = config.model_dump()
+    config.environment.update({path_in_config(at, plain): text for at, text in document.environment.items()})
     return config
 
 
@@ -53,6 +56,20 @@ def _message(document: Document, problems: Sequence[Problem]) -> str:
     texts = list(dict.fromkeys(problem_text(problem, place) for problem, place in placed))
     count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
     return f"{document.source} has {count}:\n\n" + "\n\n".join(texts)
+
+
+def _without_environment(problem: Problem, document: Document) -> Problem:
+    """`problem` without what an environment variable holds: it may be a secret."""
+    given = document.environment.get(problem.path)
+    if given is None:
+        return problem
+    value: Any = document.data
+    for part in problem.path:
+        value = value[part]
+    text = problem.text
+    for shown in (str(value), str(value)[:40]):  # as `describe` cuts it
+        text = text.replace(shown, given) if len(shown) > 3 else text  # a number such as 1 is in many words
+    return Problem(path=problem.path, text=text, place=problem.place)
 
 
 def _included_file(document: Document, place: Place) -> str:

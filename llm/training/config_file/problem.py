@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from llm.training.config_file.secret import KeyPath, mask_line, mask_secrets
+from llm.training.config import KeyPath
+from llm.training.config_file.secret import mask_line, mask_secrets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from llm.errors import did_you_mean
-from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig, MethodConfig
+from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig, KeyPath, MethodConfig
 from llm.training.config_file import library_keys
 from llm.training.config_file.problem import Problem, describe, wrong_type
-from llm.training.config_file.secret import KeyPath
 
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
 

@@ -18,8 +18,8 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import BaseResolver
 
 from llm.errors import ConfigError
+from llm.training.config import KeyPath
 from llm.training.config_file.problem import Place, Problem, describe, problem_text
-from llm.training.config_file.secret import KeyPath
 
 MAX_FILE_BYTES = 1_000_000
 MAX_VALUES = 100_000  # an alias counts each time it is used: nine lines of aliases can hold a billion values
@@ -40,19 +40,20 @@ _SCALAR_KINDS = {"str", *(name for name, _, _ in _CORE_SCHEMA)}
 _ENV = re.compile(r"\$\{env:([^}]*)\}")
 
 
-class _CoreResolver(BaseResolver):
-    """The core schema alone, whatever a `%YAML 1.1` line asks for."""
+class CoreResolver(BaseResolver):
+    """Which plain text is a number, a boolean or null: the core schema alone, whatever a `%YAML 1.1` line asks for."""
 
     def __init__(self, version: Any = None, loader: Any = None) -> None:
         super().__init__(loader)
 
     @property
     def processing_version(self) -> tuple[int, int]:
+        """Always 1.2."""
         return (1, 2)
 
 
 for _name, _pattern, _first in _CORE_SCHEMA:
-    _CoreResolver.add_implicit_resolver_base(_TAG + _name, re.compile(f"(?:{_pattern})\\Z"), _first)
+    CoreResolver.add_implicit_resolver_base(_TAG + _name, re.compile(f"(?:{_pattern})\\Z"), _first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def read_yaml(path: str) -> Document:
 def parse_yaml(text: str, *, source: str) -> Document:
     """`text` as a Document; its `data` may be any YAML value. ConfigError when it is not YAML."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.Resolver = _CoreResolver
+    yaml.Resolver = CoreResolver
     yaml.max_depth = MAX_DEPTH
     yaml.composer.warn_double_anchors = False  # YAML 1.2.2, 7.1: an anchor may be given anew
     lines = text.splitlines()
@@ -179,7 +180,7 @@ class _NodeReader:
             self.environment[path] = text
             text = self._with_environment(text, path)
             if node.style is None:  # unquoted: read as if the variable's text stood here
-                tag = str(_CoreResolver().resolve(ScalarNode, text, (True, False)))
+                tag = str(CoreResolver().resolve(ScalarNode, text, (True, False)))
         try:
             return _scalar_value(tag.removeprefix(_TAG), text)
         except ValueError:
@@ -233,6 +234,8 @@ def _syntax_text(error: MarkedYAMLError, lines: list[str]) -> str:
     if "expected a single document" in str(error):
         return "A second document (`---`) begins here. A config file holds one."
     since = f"line {error.context_mark.line + 1}" if error.context_mark else ""
+    if "${env:" in line and "flow mapping" in str(error.context):
+        return "Inside `{ }` the braces of `${env:NAME}` mean something else. Write these keys on lines of their own."
     for context, what in _UNCLOSED.items():
         if context in str(error.context) and ("expected" in problem or "end of stream" in problem):
             return f"The {what} of {since} is not closed, or something is missing before this place."
