@@ -58,6 +58,30 @@ def finetune(
         tune(settings)
 
 
+@app.command()
+def schema(
+    script: Annotated[str, typer.Argument(metavar="dataprep|finetune", help="Whose YAML file.")], debug: Debug = False
+) -> None:
+    """Print the JSON Schema of a YAML file, by which an editor completes and checks it."""
+    with _errors_told(debug):
+        from llm.training.config_file.json_schema import schema_text
+
+        typer.echo(schema_text(script), nl=False)
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(metavar="[KEY]", help="chunksize, lora_config.r, ...; all without.")] = "",
+    debug: Debug = False,
+) -> None:
+    """Say what a key of the YAML files means, its type and its default; without KEY, list all."""
+    with _errors_told(debug):
+        from llm.training.config_file.explain import explain as explain_key
+        from llm.training.config_file.explain import list_keys
+
+        typer.echo(explain_key(key) if key else list_keys())
+
+
 @contextmanager
 def _errors_told(debug: bool) -> Iterator[None]:
     """Known errors as one text without a traceback, and their exit code."""

@@ -21,6 +21,14 @@ DTYPES = {
 }
 
 
+# nf4 with double quantization and bfloat16 compute: the QLoRA recipe (https://arxiv.org/abs/2305.14314). The
+# library's own defaults are fp4 and float32.
+FOUR_BIT_DEFAULTS: dict[str, Any] = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
 KeyPath = tuple[str | int, ...]
 
 

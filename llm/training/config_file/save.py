@@ -47,7 +47,7 @@ def saved_text(data: dict[str, Any], command: str) -> str:
     yaml.Resolver = CoreResolver  # text such as `012`, which would be read as a number, is put into quotes
     yaml.Representer = _Representer
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # it is annotated as None
     yaml.width = 100_000  # the line breaks of a text are its own
     stream = io.StringIO()
     yaml.dump(data, stream)

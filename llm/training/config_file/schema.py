@@ -80,7 +80,7 @@ def _key_path(detail: ErrorDetails, data: Any) -> KeyPath:
 
 def _problem(path: KeyPath, details: list[ErrorDetails], data: Any, schema: type[BaseModel]) -> Problem:
     """One problem for all that pydantic says of a key (one error for each member of a union)."""
-    detail, key, model = details[0], _name(path), _model_at(schema, path[:-1]) or schema
+    detail, key, model = details[0], _name(path), model_at(schema, path[:-1]) or schema
     kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
     if kind == "value_error":
         text = str(context["error"])
@@ -97,7 +97,7 @@ def _problem(path: KeyPath, details: list[ErrorDetails], data: Any, schema: type
     elif kind in _LIMITS:
         text = f"`{key}` must be {_LIMITS[kind].format(**context)}, not {value}."
     else:
-        text = _type_text(key, details, _model_at(schema, path))
+        text = _type_text(key, details, model_at(schema, path))
     return Problem(path=path, text=text)
 
 
@@ -152,7 +152,7 @@ def _name(path: KeyPath) -> str:
     return (names[-1] if names else "") + "".join(f"[{index}]" for index in items)
 
 
-def _model_at(schema: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+def model_at(schema: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     """The model of the section at `path`, or None where that is plain data."""
     model: type[BaseModel] | None = schema
     for part in path:
