@@ -23,19 +23,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llm.chat_template import ChatTemplateFormat
 from llm.errors import ConfigError, DataError
-from llm.prompt import FewShotQA, Message, Prompt, StandaloneQuestion
+from llm.prompt import FewShotQA, Prompt, StandaloneQuestion
 from llm.prompt_format import PromptFormat
 from llm.prompt_registry import PROMPT_FORMATS
 from llm.registry import resolve_method
 from llm.serving_template import serving_template
 from llm.tokenizer import PromptTokenizer
-from llm.training.prep.dataset import Row
 from llm.training.prep.encode import Dropped, Encoder, Example
+from llm.training.prep.rows import Row
 
 QUICKSTART_MODEL = ".cache/SmolLM2-135M-Instruct"
 CHECKS = ("I1", "I2", "I3", "I4", "I5", "serve", "kept")
@@ -135,12 +136,12 @@ def tried(bare: PreTrainedTokenizerBase, prompt_format: AnyFormat, maker: random
 
 def violations(row: Row, example: Example, encoder: Encoder, bare: PreTrainedTokenizerBase) -> Iterator[str]:
     """The names of the checks that `example` fails."""
-    message = Message(row.input, row.response, row.contexts)
-    segments = encoder.prompt.segments([message], encoder.prompt_format)
+    (turn,) = row.turns
+    segments = encoder.prompt.segments([turn], encoder.prompt_format)
     prompt, response = segments[0].text, segments[1].text
     ids, (start, end) = example.input_ids, example.trained[0]
     controls = encoder.tokenizer.control_tokens
-    has_control_text = any(token in text for token in controls for text in (*row.contexts, row.input, row.response))
+    has_control_text = any(token in text for token in controls for text in (*turn.contexts, turn.input, turn.response))
     if has_control_text != example.has_control_text or num_controls(ids, encoder) != num_marks(row, encoder):
         yield "I5"
     if not has_control_text and ids[:start] != bare(prompt, add_special_tokens=False)["input_ids"]:
@@ -161,17 +162,17 @@ def violations(row: Row, example: Example, encoder: Encoder, bare: PreTrainedTok
 
 def gives_back(row: Row, encoder: Encoder, bare: PreTrainedTokenizerBase) -> bool:
     """Whether the bare tokenizer gives the rendered text of `row` back."""
-    text = encoder.prompt.render([Message(row.input, row.response, row.contexts)], encoder.prompt_format)
+    text = encoder.prompt.render([row.turns[0]], encoder.prompt_format)
     ids = bare(text, add_special_tokens=False)["input_ids"]
     return bare.decode(ids, clean_up_tokenization_spaces=False) == spelled(text, bare)
 
 
 def served_ids(row: Row, encoder: Encoder, bare: PreTrainedTokenizerBase) -> list[int]:
     """What inference sees of `row`, with the exported template."""
-    documents = [{"text": text} for text in row.contexts] or None
+    documents = [{"text": text} for text in row.turns[0].contexts] or None
     return list(
         bare.apply_chat_template(
-            [{"role": "user", "content": row.input}],
+            [{"role": "user", "content": row.turns[0].input}],
             chat_template=serving_template(encoder.prompt, encoder.prompt_format),
             documents=documents,
             add_generation_prompt=True,
@@ -192,9 +193,13 @@ def num_controls(ids: list[int], encoder: Encoder) -> int:
     return sum(number in controls for number in ids)
 
 
+def with_turn(row: Row, **changes: Any) -> Row:
+    return replace(row, turns=(replace(row.turns[0], **changes),))
+
+
 def num_marks(row: Row, encoder: Encoder) -> int:
     """The control tokens of the prompt format around `row`."""
-    plain = replace(row, input="x", response="x", contexts=("x",) * len(row.contexts))
+    plain = with_turn(row, input="x", response="x", contexts=("x",) * len(row.turns[0].contexts))
     [example] = encoder.encode([plain])
     assert isinstance(example, Example)
     return num_controls(example.input_ids, encoder)
@@ -205,7 +210,7 @@ def random_row(maker: random.Random, number: int, control_tokens: list[str]) -> 
     controls = control_tokens if maker.random() < 0.125 else []
     contexts = tuple(random_text(maker, 2000, controls) for _ in range(maker.choice((0, 0, 1, 3))))
     texts = (random_text(maker, 20_000, controls) for _ in range(2))
-    return Row(number=number, input=next(texts), response=next(texts), contexts=contexts)
+    return Row.of(number=number, input=next(texts), response=next(texts), contexts=contexts)
 
 
 def random_text(maker: random.Random, longest: int, controls: list[str]) -> str:

@@ -4,7 +4,7 @@ The default for a base model that the registry does not know but whose tokenizer
 what the template puts behind the prompt, up to the control token that ends it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -15,10 +15,30 @@ from llm.prompt_format import (
     Conversation,
     FormatTokenizer,
     Segment,
+    TrainOn,
+    Turn,
     merge_segments,
 )
 
 _PROBE = "probe-8d7f"  # a text that no template holds
+
+
+class TemplateRefusal(DataError):
+    """The chat template raises an error for this conversation."""
+
+
+def split_system(chat: Sequence[Mapping[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """The system message ("" when there is none) and the messages behind it."""
+    messages = [dict(message) for message in chat]
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    return (str(messages[0]["content"]), messages[1:]) if has_system else ("", messages)
+
+
+def answer_places(messages: Sequence[Mapping[str, Any]], train_on: TrainOn) -> list[int]:
+    """Where the answers to be trained stand; the first message answers nothing, `weight: 0` is not trained."""
+    answers = [place for place, message in enumerate(messages) if place and message["role"] == "assistant"]
+    answers = answers[-1:] if train_on == "last" else answers
+    return [place for place in answers if messages[place].get("weight") != 0]
 
 
 class ChatTokenizer(FormatTokenizer, Protocol):
@@ -28,7 +48,7 @@ class ChatTokenizer(FormatTokenizer, Protocol):
     def chat_template(self) -> str | None:
         """The template, None when there is none."""
 
-    def render_chat(self, messages: list[dict[str, str]], *, is_open: bool, **kwargs: Any) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], *, is_open: bool, **kwargs: Any) -> str:
         """The rendered messages."""
 
 
@@ -87,20 +107,66 @@ class ChatTemplateFormat:
         pieces: list[Segment] = []
         done = ""
         for number, turn in enumerate(conversation.turns):
-            system = "" if number or self.has_system_role else conversation.system
-            content = self.content_separator.join([*filter(None, [system]), *turn.contexts, turn.input])
-            messages.append({"role": "user", "content": content})
-            if not turn.is_example:
+            messages.append(self._question(turn, "" if number else conversation.system))
+            is_asked = turn.is_trained and not turn.is_example
+            if is_asked:
                 prompt = self._render(messages, is_open=True) + self.opening(turn.response_head)
                 pieces.append(Segment(_behind(done, prompt), False))
                 done = prompt
             if turn.response is not None:
-                answer = turn.response_head + turn.response
-                messages.append({"role": "assistant", "content": answer})
-            if turn.response is not None and not turn.is_example:
+                messages.append(_answer(turn))
+            if is_asked and turn.response is not None:
                 response, done = self._response(prompt, self._render(messages, is_open=False))
-                pieces.append(Segment(response, turn.is_trained))
+                pieces.append(Segment(response, True))
         return merge_segments(pieces)
+
+    def chat_segments(
+        self,
+        conversation: Conversation,
+        chat: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] = (),
+        train_on: TrainOn = "all",
+    ) -> list[Segment]:
+        """The same for messages as they stand: tool calls, reasoning and other fields go to the template untouched.
+
+        The last turn of `conversation` has what stands around them: its contexts belong to the last message of the
+        user. What follows the last answer is left out; no segments when no answer is to be trained (`weight: 0`).
+        """
+        asked = conversation.turns[-1]
+        system, said = split_system(chat)
+        system = system or conversation.system
+        said = self._with_contexts(said, asked.contexts)
+        shown = [one for turn in conversation.turns[:-1] for one in (self._question(turn, ""), _answer(turn))]
+        messages = [*self._system_messages(system), *shown, *said]
+        if system and not self.has_system_role:
+            messages[0]["content"] = self.content_separator.join([system, messages[0]["content"]])
+        pieces: list[Segment] = []
+        done = ""
+        for number in answer_places(said, train_on):
+            number += len(messages) - len(said)
+            opened = self._render(messages[:number], is_open=True, tools=tools or None)
+            prompt = opened + self.opening(asked.response_head)
+            pieces.append(Segment(_behind(done, prompt), False))
+            whole = self._render(messages[: number + 1], is_open=False, tools=tools or None)
+            response, done = self._response(prompt, whole)
+            pieces.append(Segment(response, True))
+        return merge_segments(pieces)
+
+    def _with_contexts(self, said: list[dict[str, Any]], contexts: Sequence[str]) -> list[dict[str, Any]]:
+        """The messages with `contexts` before the last that the user said."""
+        if not contexts:
+            return said
+        place = max((n for n, message in enumerate(said) if message["role"] == "user"), default=None)
+        if place is None:
+            raise TemplateRefusal("the row has contexts, and no message of a user that they belong to")
+        content = self.content_separator.join([*contexts, said[place]["content"]])
+        return [*said[:place], {**said[place], "content": content}, *said[place + 1 :]]
+
+    def _question(self, turn: Turn, system: str) -> dict[str, Any]:
+        """`system` stands before the first input where the template has no role for it."""
+        before = [system] if system and not self.has_system_role else []
+        return {"role": "user", "content": self.content_separator.join([*before, *turn.contexts, turn.input])}
 
     def _response(self, prompt: str, whole: str) -> tuple[str, str]:
         behind = _behind(prompt, whole)
@@ -110,15 +176,15 @@ class ChatTemplateFormat:
         end += len(self.stop)
         return behind[:end], prompt + behind[:end]
 
-    def _system_messages(self, system: str) -> list[dict[str, str]]:
+    def _system_messages(self, system: str) -> list[dict[str, Any]]:
         return [{"role": "system", "content": system}] if system and self.has_system_role else []
 
-    def _render(self, messages: list[dict[str, str]], *, is_open: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], *, is_open: bool, **kwargs: Any) -> str:
         assert self._tokenizer is not None, "for_tokenizer comes first"
         try:
-            return self._tokenizer.render_chat(messages, is_open=is_open, **self.template_kwargs)
+            return self._tokenizer.render_chat(messages, is_open=is_open, **kwargs, **self.template_kwargs)
         except TemplateError as error:
-            raise DataError(f"ChatTemplateFormat: the template refuses the conversation: {error}") from error
+            raise TemplateRefusal(f"ChatTemplateFormat: the template refuses the conversation: {error}") from error
 
     def _shows_system(self) -> bool:
         messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "a"}]
@@ -126,6 +192,10 @@ class ChatTemplateFormat:
             return _PROBE in self._render(messages, is_open=True)  # Phi-3's first template leaves it out
         except DataError:  # Gemma's refuses it
             return False
+
+
+def _answer(turn: Turn) -> dict[str, Any]:
+    return {"role": "assistant", "content": turn.response_head + (turn.response or "")}
 
 
 def _first_control_token(text: str, control_tokens: Iterable[str]) -> str:
@@ -142,6 +212,6 @@ def _behind(start: str, whole: str) -> str:
     raise DataError(
         "ChatTemplateFormat: the chat template renders the prompt differently once the answer follows, so what "
         f"is trained would not be what is served. First difference at character {place}: prompt "
-        f"{start[near]!r}, whole {whole[near]!r}. Train the last turn only, set "
+        f"{start[near]!r}, whole {whole[near]!r}. Set `train_on: last`, set "
         "prompt_format_config.kwargs.template_kwargs (e.g. enable_thinking: false), or use a named format."
     )

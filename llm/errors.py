@@ -52,3 +52,8 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     if near:
         return f"Did you mean `{by_lower[near[0]]}`?"
     return f"Allowed: {', '.join(names)}."
+
+
+def quoted(names: Iterable[str]) -> str:
+    """The names for a message: `` `a`, `b` ``."""
+    return ", ".join(f"`{name}`" for name in names)

@@ -105,14 +105,11 @@ class MistralV1Format(PromptFormat):
 
 @dataclass(frozen=True)
 class MistralFormat(MistralV1Format):
-    """mistralai/Mistral-7B-Instruct-v0.3, `chat_template` of its tokenizer; the marks are control tokens.
-
-    Not as published: the system message stands in the first input, not in the last. There it would move with
-    every turn, and no turn's prompt would begin the next one's.
-    """
+    """mistralai/Mistral-7B-Instruct-v0.3, `chat_template` of its tokenizer; the marks are control tokens."""
 
     input: Role = _verbatim("[INST] ", "[/INST]")
     response: Role = Role(" ")
+    system_in_last_input: bool = True
 
 
 @dataclass(frozen=True)

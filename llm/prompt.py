@@ -3,7 +3,7 @@
 Stage 2 of the road: takes `Message`s, gives a `Conversation` that a `PromptFormat` renders.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,11 +13,15 @@ from llm.template import Template
 
 @dataclass(frozen=True)
 class Message:
-    """One question: `input`, what to answer it from (`contexts`), and the answer (None: the model's to give)."""
+    """One question: `input`, what to answer it from (`contexts`), and the answer (None: the model's to give).
+
+    `is_trained` is False for an answer that is only there to be answered from, as in an earlier turn.
+    """
 
     input: str
     response: str | None = None
     contexts: Sequence[str] = ()
+    is_trained: bool = True
 
 
 class Renderer(Protocol):
@@ -54,11 +58,21 @@ class Prompt:
         parsed = tuple(Template(source, fields, "context_template") for source in contexts)
         object.__setattr__(self, "_contexts", parsed)
 
-    def conversation(self, messages: Sequence[Message]) -> Conversation:
-        """The few-shot examples and then `messages`, worded by the templates."""
+    def conversation(self, messages: Sequence[Message], *, system: str = "") -> Conversation:
+        """The few-shot examples and then `messages`, worded by the templates; `system` replaces `system_message`."""
         examples = [replace(self._turn(message), is_example=True) for message in self.examples]
         turns = [self._turn(message) for message in messages]
-        return Conversation(system=self.system_message, turns=(*examples, *turns))
+        return Conversation(system=system or self.system_message, turns=(*examples, *turns))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Chat messages with what users and assistants say worded by the templates, all else as it stands."""
+        templates = {"user": self._input, "assistant": self._response}
+        return [
+            {**message, "content": templates[message["role"]].fill(text=message["content"])}
+            if message["role"] in templates and isinstance(message.get("content"), str) and message["content"]
+            else dict(message)
+            for message in messages
+        ]
 
     def segments(self, messages: Sequence[Message], prompt_format: Renderer) -> list[Segment]:
         """The rendered `messages`: text that is prompt, text that is trained, alternating."""
@@ -88,6 +102,7 @@ class Prompt:
             ),
             response_head=head,
             response=None if message.response is None else message.response + tail,
+            is_trained=message.is_trained,
         )
 
 

@@ -6,9 +6,12 @@ each trained or not. A format knows nothing of the task, a prompt nothing of the
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
-from llm.errors import ConfigError
+from llm.errors import ConfigError, DataError
+
+TrainOn = Literal["all", "last"]
+"""Which answers of a conversation are trained."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class PromptFormat:
     examples: Role = Role()
     nested_system: bool = False
     """The system message stands inside the first input's marks."""
+    system_in_last_input: bool = False
+    """The system message belongs to the last turn, not to the first: only one answer can be trained then."""
     nested_contexts: bool = True
     """The contexts stand inside the input's marks."""
     contexts_first: bool = True
@@ -142,14 +147,25 @@ class PromptFormat:
         """The rendered conversation: prompt and response alternate, joined neighbours, nothing empty."""
         between = self.role_separator if self.turn_separator is None else self.turn_separator
         system = conversation.system or self._default_system(conversation.turns)
+        self._check_system_place(system, conversation.turns)
+        system_turn = len(conversation.turns) - 1 if self.system_in_last_input else 0
         pieces: list[Segment] = []
         for number, turn in enumerate(conversation.turns):
             prompt = "" if number == 0 else between
             prompt += self.BOS if number == 0 or self.repeat_BOS else ""
             prompt += self._examples_mark(conversation.turns, number)
-            prompt += self._instruction(turn, system if number == 0 else "")
+            prompt += self._instruction(turn, system if number == system_turn else "")
             pieces += self._turn_segments(prompt + self.role_separator + self.response.prefix, turn)
         return merge_segments(pieces)
+
+    def _check_system_place(self, system: str, turns: tuple[Turn, ...]) -> None:
+        num_answers = sum(turn.is_trained and not turn.is_example for turn in turns)
+        is_asked = bool(turns) and turns[-1].response is None
+        if self.system_in_last_input and system and num_answers > 1 and not is_asked:
+            raise DataError(
+                f"{type(self).__name__}: the system message stands in the last input, so it moves with every turn, and "
+                "no prompt begins the next one. Set `train_on: last`, or leave the system message out."
+            )
 
     def _default_system(self, turns: tuple[Turn, ...]) -> str:
         has_contexts = bool(turns and turns[0].contexts)

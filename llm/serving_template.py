@@ -67,7 +67,8 @@ _NAMED = (
 {%- set ns.text = ns.text ~ (format.between if not loop.first else '') -%}
 {%- set ns.text = ns.text ~ (format.bos if loop.first or format.repeat_bos else '') -%}
 {%- set ns.text = ns.text ~ (format.examples.prefix if loop.first else '') -%}
-{%- set ns.text = ns.text ~ instruction(example.input, example.contexts, ns.system if loop.first else '') -%}
+{%- set ns.text = ns.text ~ instruction(example.input, example.contexts,
+    ns.system if loop.first and not format.system_in_last_input else '') -%}
 {%- set ns.text = ns.text ~ format.role_separator ~ format.response.prefix -%}
 {%- set ns.text = ns.text ~ answered(example.response, format.eos) -%}
 {%- endfor -%}
@@ -82,7 +83,8 @@ _NAMED = (
 {%- set contexts = filled_contexts(given, format.content_separator)
     if given and loop.index0 == ns.last_user else none -%}
 {%- set input = fill(prompt.input, message.content, 1) -%}
-{%- set ns.text = ns.text ~ instruction(input, contexts, ns.system if not ns.turns else '') -%}
+{%- set has_system = loop.index0 == ns.last_user if format.system_in_last_input else not ns.turns -%}
+{%- set ns.text = ns.text ~ instruction(input, contexts, ns.system if has_system else '') -%}
 {%- set ns.text = ns.text ~ format.role_separator ~ format.response.prefix -%}
 {%- set ns.turns = ns.turns + 1 -%}
 {%- elif message.role == 'assistant' -%}
@@ -163,8 +165,8 @@ def serving_template(prompt: Prompt, prompt_format: PromptFormat | ChatTemplateF
 def _format_facts(prompt_format: PromptFormat) -> dict[str, Any]:
     between, ending = prompt_format.turn_separator, prompt_format.response.suffix + prompt_format.EOS
     roles = ("input", "response", "system", "contexts", "examples")
-    names = ("nested_system", "nested_contexts", "contexts_first", "role_separator", "content_separator",
-             "default_system", "default_system_with_contexts")  # fmt: skip
+    names = ("nested_system", "system_in_last_input", "nested_contexts", "contexts_first", "role_separator",
+             "content_separator", "default_system", "default_system_with_contexts")  # fmt: skip
     return {
         **{role: _role_facts(getattr(prompt_format, role)) for role in roles},
         **{name: getattr(prompt_format, name) for name in names},

@@ -84,7 +84,7 @@ class PromptTokenizer:
         normalizer = self._backend.normalizer
         return normalizer.normalize_str(text) if isinstance(normalizer, normalizers.NFC) else text
 
-    def render_chat(self, messages: list[dict[str, str]], *, is_open: bool, **kwargs: Any) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], *, is_open: bool, **kwargs: Any) -> str:
         """The tokenizer's chat template over `messages`; `is_open`: ends where the assistant is to answer."""
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open, **kwargs)
         return str(text)

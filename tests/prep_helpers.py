@@ -4,11 +4,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llm.training.config import DataPrepConfig
 from llm.training.config_file import load_config
+from llm.training.prep.rows import Row
 
 BUCKET = "prep-tests"  # moto servers of one process share their buckets, so each test folder has its own
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +27,11 @@ def some_rows(number: int = 40) -> list[dict[str, Any]]:
         }
         for n in range(number)
     ]
+
+
+def with_turn(row: Row, **changes: Any) -> Row:
+    """`row`, a single turn, with changes in that turn."""
+    return replace(row, turns=(replace(row.turns[0], **changes),))
 
 
 def write_jsonl(path: Path, rows: Rows) -> Path:

@@ -1,9 +1,11 @@
 """Named formats against what their models' makers published: Jinja templates, or texts written down here."""
 
+from dataclasses import replace
+
 import pytest
 from published_templates import GEMMA, LLAMA2, MISTRAL_V3, PUBLISHED, SMOLLM2, ZEPHYR, Published
 
-from llm.errors import ConfigError
+from llm.errors import ConfigError, DataError
 from llm.named_formats import (
     AlpacaFormat,
     ChatMLFormat,
@@ -49,8 +51,8 @@ def bound(name: str) -> PromptFormat:
 
 
 def is_unpublished(name: str, system: str, turns: list[Message]) -> bool:
-    """Gemma 2 knows no system message; Mistral v3 puts it into the last input, see `MistralFormat`."""
-    return bool(system) and (name == "GemmaFormat" or (name == "MistralFormat" and len(turns) > 1))
+    """Gemma 2 knows no system message."""
+    return bool(system) and name == "GemmaFormat"
 
 
 def test_named_formats_all_have_an_oracle_here() -> None:
@@ -69,13 +71,13 @@ CASES = [
 
 
 def test_format_cases_cover_all_but_the_unpublished() -> None:
-    assert len(CASES) == 10 * 4 * 3 - 4 * 2 - 3 * 2
+    assert len(CASES) == 10 * 4 * 3 - 4 * 2
 
 
 @pytest.mark.parametrize(("name", "turns", "system"), CASES)
 def test_format_prompt_equals_published_template(name: str, turns: str, system: str) -> None:
     *history, last = CONVERSATIONS[turns]
-    messages = [*history, Message(last.input)]
+    messages = [*(replace(turn, is_trained=False) for turn in history), Message(last.input)]
     ours = Prompt(system_message=SYSTEMS[system]).render(messages, bound(name))
     assert ours == published_text(PUBLISHED[name], SYSTEMS[system], messages, is_open=True)
 
@@ -101,11 +103,15 @@ def test_gemma_with_system_stands_before_the_input_as_in_gemma_3() -> None:
     )
 
 
-def test_mistral_with_system_and_two_turns_keeps_it_in_the_first_input() -> None:
+def test_mistral_with_system_and_two_trained_turns_is_refused() -> None:
+    """Its system message moves to the last input, so no prompt begins the next one."""
     prompt_format = MistralFormat().for_tokenizer(MISTRAL_V3.prompt_tokenizer())
-    messages = [Message("Hi", "Hello"), Message("Bye")]
+    messages = [Message("Hi", "Hello"), Message("Bye", "Ciao")]
+    with pytest.raises(DataError, match="MistralFormat: the system message stands in the last input.*train_on: last"):
+        Prompt(system_message="Be brief.").render(messages, prompt_format)
+    messages = [Message("Hi", "Hello", is_trained=False), Message("Bye", "Ciao")]
     assert Prompt(system_message="Be brief.").render(messages, prompt_format) == (
-        "<s>[INST] Be brief.\n\nHi[/INST] Hello</s>[INST] Bye[/INST]"
+        "<s>[INST] Hi[/INST] Hello</s>[INST] Be brief.\n\nBye[/INST] Ciao</s>"
     )
 
 

@@ -10,17 +10,17 @@ import torch
 from conftest import byte_level_tokenizer
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from llm.prompt import Message
 from llm.prompt_format import Conversation, Segment, Turn
 from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig
 from llm.training.dataprep import prepare
 from llm.training.finetune import finetune
 from llm.training.prep.blocks import iterate_blocks, padding
-from llm.training.prep.dataset import Row, iterate_rows, load_blocks, load_source
+from llm.training.prep.dataset import load_blocks
 from llm.training.prep.encode import Example
 from llm.training.prep.engine import encode_rows, open_encoder
 from llm.training.prep.manifest import Sample, read_manifest
 from llm.training.prep.pack import pack_examples
+from llm.training.prep.rows import Row, iterate_rows, load_source
 from llm.training.tune.collator import flatten_blocks
 from llm.training.tune.export import prompt_ids
 from llm.training.tune.loss import token_losses
@@ -70,10 +70,10 @@ def test_one_row_through_every_stage_has_the_written_values(config: DataPrepConf
     # Stage 1
     rows = load_source(config.source_config)
     [[row]] = iterate_rows(rows, batch_size=10)
-    assert row == Row(number=0, input="1+1?", response="2", contexts=("1+1=2",))
+    assert row == Row.of(number=0, input="1+1?", response="2", contexts=("1+1=2",))
 
     # Stage 2
-    conversation = encoder.prompt.conversation([Message(row.input, row.response, row.contexts)])
+    conversation = encoder.prompt.conversation(row.turns)
     turn = Turn(input="Input: 1+1?", contexts=("Context: 1+1=2",), response_head="Response: ", response="2")
     assert conversation == Conversation(system="", turns=(turn,))
     assert encoder.prompt_format.segments(conversation) == [Segment(PROMPT_TEXT, False), Segment(TRAINED_TEXT, True)]
@@ -115,7 +115,9 @@ def test_one_row_written_has_the_written_block_manifest_and_ledger(config: DataP
         "density": 0.9375,
     }
     assert (manifest.stop_token, manifest.stop_token_id) == ("<|im_end|>", 4)
-    assert manifest.samples == [Sample(input="1+1?", contexts=["1+1=2"], prompt_ids=PROMPT_IDS)]
+    assert manifest.samples == [
+        Sample(messages=[{"role": "user", "content": "1+1?"}], contexts=["1+1=2"], tools=[], prompt_ids=PROMPT_IDS)
+    ]
     assert (manifest.chunksize, manifest.ignore_index, manifest.seed) == (32, -100, None)
     assert manifest.prompt == {"method": "DefaultPrompt", "kwargs": {}}
     assert manifest.prompt_format == {"method": "ChatMLFormat", "kwargs": {}}
@@ -192,6 +194,6 @@ def test_one_row_trained_is_served_with_its_own_prompt_and_stop(config: DataPrep
     )
     assert summary.result == str(tmp_path / "out" / "final_output")
     served = AutoTokenizer.from_pretrained(summary.result)
-    assert prompt_ids(served, "1+1?", ["1+1=2"]) == PROMPT_IDS
+    assert prompt_ids(served, [{"role": "user", "content": "1+1?"}], contexts=["1+1=2"]) == PROMPT_IDS
     assert 4 in GenerationConfig.from_pretrained(summary.result).eos_token_id
     assert (tmp_path / "out" / "final_output" / "adapter_model.safetensors").is_file()

@@ -3,15 +3,14 @@
 python examples/quickstart/journey.py > journey.md      (after base_model.py)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from llm.errors import LlmTrainError
-from llm.prompt import Message
 from llm.training.config import DataPrepConfig
 from llm.training.config_file import load_config
-from llm.training.prep.dataset import iterate_rows, load_source
 from llm.training.prep.encode import Example
 from llm.training.prep.engine import open_encoder
+from llm.training.prep.rows import iterate_rows, load_source
 
 CONFIG = "examples/quickstart/dataprep.yaml"
 
@@ -21,11 +20,11 @@ def journey() -> Iterator[str]:
     config = load_config(CONFIG, DataPrepConfig)
     encoder = open_encoder(config)
     row = next(iterate_rows(load_source(config.source_config), batch_size=1))[0]
+    (turn,) = row.turns
     yield from _code(
-        "1. The row, as loaded", f"input     {row.input}", *_contexts(row.contexts), f"response  {row.response}"
+        "1. The row, as loaded", f"input     {turn.input}", *_contexts(turn.contexts), f"response  {turn.response}"
     )
-    message = Message(row.input, row.response, row.contexts)
-    prompt, response = encoder.prompt.segments([message], encoder.prompt_format)
+    prompt, response = encoder.prompt.segments([turn], encoder.prompt_format)
     yield from _code("2. Rendered: the prompt", prompt.text)
     yield from _code("   and what is trained, with the stop token", response.text)
     example = encoder.encode([row])[0]
@@ -42,7 +41,7 @@ def journey() -> Iterator[str]:
     )
 
 
-def _contexts(contexts: tuple[str, ...]) -> list[str]:
+def _contexts(contexts: Sequence[str]) -> list[str]:
     return [f"contexts  {text}" if not number else f"          {text}" for number, text in enumerate(contexts)]
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from llm.prompt_format import TrainOn
+
 DTYPES = {
     "auto": "auto",
     "bfloat16": "bfloat16",
@@ -92,6 +94,8 @@ class ScriptConfig(StrictModel):
 
 
 OnTooLong = Literal["drop", "error", "truncate_contexts"]
+RowFormat = Literal["auto", "input_response", "messages", "sharegpt", "alpaca"]
+ColumnName = Literal["input", "response", "contexts", "messages", "system", "tools"]
 
 
 class DataPrepConfig(ScriptConfig):
@@ -101,13 +105,26 @@ class DataPrepConfig(ScriptConfig):
         description="The rows: columns `input`, `response` (str) and, if you like, `contexts` (list of str). "
         "A path to a json, jsonl, csv or parquet file, or `method` and `kwargs`."
     )
+    columns: dict[ColumnName, str] = Field(
+        default_factory=dict,
+        description="What the columns are called in the data, e.g. `{input: question, response: answer}`; also "
+        "`contexts`, `messages`, `system` (its own system message for a row), `tools`.",
+    )
+    row_format: RowFormat = Field(
+        default="auto",
+        description="`input_response`, `messages`, `sharegpt` or `alpaca`; `auto` finds it by the columns and says so.",
+    )
+    train_on: TrainOn = Field(
+        default="all", description="Of a conversation, `all` answers are trained, or the `last` one only."
+    )
     base_model: str = Field(
         min_length=1,
         description="Hub id or folder of the model to be tuned: its tokenizer is used, and its prompt format.",
     )
-    prompt_config: MethodConfig = Field(
-        default=MethodConfig(method="DefaultPrompt"),
-        description="The task: system message, few-shot examples, templates.",
+    prompt_config: MethodConfig | None = Field(
+        default=None,
+        description="The task: system message, few-shot examples, templates; default: `DefaultPrompt`, and `Prompt` "
+        "(nothing but the text itself) for rows of another format than `input_response`.",
     )
     prompt_format_config: MethodConfig | None = Field(
         default=None,

@@ -14,10 +14,11 @@ if __name__ == "__main__":  # ahead of the imports below, which take seconds: a 
 
 from llm.training.config import DataPrepConfig
 from llm.training.prep.blocks import iterate_blocks, padding
-from llm.training.prep.dataset import check_source, load_source
-from llm.training.prep.engine import encode_rows, open_encoder
+from llm.training.prep.dataset import check_source
+from llm.training.prep.engine import encode_rows, for_source, open_encoder
 from llm.training.prep.manifest import Manifest
 from llm.training.prep.pack import pack_examples
+from llm.training.prep.rows import load_source
 from llm.training.prep.summary import ledger_with_blocks, make_manifest, print_summary
 from llm.training.prep.target import open_target, staged
 from llm.training.prep.write import check_writer, spill_blocks, write_dataset, write_records
@@ -32,9 +33,10 @@ def prepare(config: DataPrepConfig) -> Manifest:
     check_writer(config.dataset_writer_config)
     check_source(config.source_config)
     encoder = open_encoder(config)
-    rows = load_source(config.source_config)
+    source = load_source(config.source_config, columns=config.columns, row_format=config.row_format)
+    encoder = for_source(encoder, config, source)
     with staged(target) as (folder, staging):
-        examples = encode_rows(rows, encoder, folder)
+        examples = encode_rows(source, encoder, folder)
         packing = pack_examples(examples.lengths, chunksize=config.chunksize, is_packed=config.pack, seed=config.seed)
         batches = iterate_blocks(examples.table, packing, padding(config, encoder.tokenizer))
         blocks = spill_blocks(batches, folder, num_blocks=packing.num_blocks)

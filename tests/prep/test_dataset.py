@@ -13,7 +13,8 @@ from prep_helpers import some_rows, write_jsonl
 
 from llm.errors import ConfigError, DataError
 from llm.training.config import DatasetConfig
-from llm.training.prep.dataset import Row, check_source, iterate_rows, load_blocks, load_dataset_config, load_source
+from llm.training.prep.dataset import check_source, load_blocks, load_dataset_config
+from llm.training.prep.rows import Row, iterate_rows, load_source
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -34,7 +35,7 @@ def rows_of(config: DatasetConfig) -> list[Row]:
 
 def expected(rows: list[dict[str, Any]]) -> list[Row]:
     return [
-        Row(number=n, input=row["input"], response=row["response"], contexts=tuple(row.get("contexts") or ()))
+        Row.of(number=n, input=row["input"], response=row["response"], contexts=tuple(row.get("contexts") or ()))
         for n, row in enumerate(rows)
     ]
 
@@ -143,7 +144,10 @@ BAD_ROWS: dict[str, tuple[list[dict[str, Any]], str]] = {
         [{"inputs": "a", "response": "b"}],
         "no column `input`; they have `inputs`, `response`. Did you",
     ),
-    "missing response": ([{"input": "a", "answer": "b"}], "no column `response`; they have `input`, `answer`. Rename"),
+    "missing response": (
+        [{"input": "a", "answer": "b"}],
+        "no column `response`; they have `input`, `answer`. .*columns: {response: answer}",
+    ),
     "null input": ([GOOD, {"input": None, "response": "b"}], r"row 1 \(counted from 0\): `input` is null"),
     "null response": ([GOOD, GOOD, {"input": "a", "response": None}], r"row 2 .*: `response` is null"),
     "all null": ([{"input": "a", "response": None}], r"row 0 .*: `response` is null"),

@@ -12,6 +12,7 @@ import pytest
 from conftest import CONTROL_TOKENS, TOKENIZERS
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from prep_helpers import with_turn
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -21,8 +22,8 @@ from llm.named_formats import ChatMLFormat, Llama2Format, PlainFormat, UserAssis
 from llm.prompt import Message, Prompt
 from llm.prompt_format import PromptFormat, Role
 from llm.tokenizer import PromptTokenizer
-from llm.training.prep.dataset import Row
 from llm.training.prep.encode import Dropped, Encoder, Example
+from llm.training.prep.rows import Row
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -76,14 +77,14 @@ class Case:
         if isinstance(outcome, Dropped):
             assume(outcome.reason not in ("empty_response", "empty_prompt"))
             # SentencePiece decodes U+2581 as a space; a lossy tokenizer may leave a whole response out.
-            is_odd = any("▁" in text for text in (row.input, row.response, *row.contexts))
+            is_odd = any("▁" in text for text in texts_of(row))
             assume(not (outcome.reason == "not_representable" and (is_odd or not self.encoder.tokenizer.is_lossless)))
         assert isinstance(outcome, Example), outcome
         return outcome
 
     def prompt_text(self, row: Row) -> str:
         """The prompt as inference renders it: it knows no response."""
-        message = Message(row.input, None, row.contexts)
+        message = Message(row.turns[0].input, None, row.turns[0].contexts)
         segments = self.encoder.prompt_format.segments(self.encoder.prompt.conversation([message]))
         return "".join(segment.text for segment in segments)
 
@@ -109,7 +110,7 @@ def case(tokenizer: str, form: str, prompt: str = "few_shot") -> Case:
 
 def rows(texts: st.SearchStrategy[str]) -> st.SearchStrategy[Row]:
     return st.builds(
-        Row, number=st.just(0), input=texts, response=texts, contexts=st.lists(texts, max_size=2).map(tuple)
+        Row.of, number=st.just(0), input=texts, response=texts, contexts=st.lists(texts, max_size=2).map(tuple)
     )
 
 
@@ -117,12 +118,15 @@ def num_control_tokens(ids: list[int], encoder: Encoder) -> int:
     return sum(number in encoder.tokenizer.control_tokens.values() for number in ids)
 
 
+def texts_of(row: Row) -> list[str]:
+    (turn,) = row.turns
+    return [turn.input, turn.response, *turn.contexts]
+
+
 def neutral(row: Row) -> Row:
     """`row` without control-token text."""
-    text = {
-        number: replace_control_text(value) for number, value in enumerate((row.input, row.response, *row.contexts))
-    }
-    return replace(row, input=text[0], response=text[1], contexts=tuple(text[n + 2] for n in range(len(row.contexts))))
+    question, answer, *contexts = map(replace_control_text, texts_of(row))
+    return with_turn(row, input=question, response=answer, contexts=tuple(contexts))
 
 
 def replace_control_text(text: str) -> str:
@@ -152,7 +156,7 @@ def test_i1_ids_before_the_first_label_are_those_of_the_prompt_alone(
 def test_i2_decoding_gives_the_rendered_text_with_one_bos(tokenizer: str, form: str, row: Row) -> None:
     one = case(tokenizer, form)
     example = one.example(row)
-    message = Message(row.input, row.response, row.contexts)
+    message = Message(row.turns[0].input, row.turns[0].response, row.turns[0].contexts)
     segments = one.encoder.prompt_format.segments(one.encoder.prompt.conversation([message]))
     rendered = "".join(segment.text for segment in segments)
     stop = one.encoder.prompt_format.stop
@@ -185,7 +189,7 @@ def test_i3_labels_are_the_whole_response_and_the_stop_token(tokenizer: str, for
     assert end == len(example.input_ids)
     assert example.input_ids[-1] == one.encoder.tokenizer.control_tokens[one.encoder.prompt_format.stop]
     behind = one.text_of(example.input_ids).removeprefix(one.prompt_text(row))
-    assert behind.removesuffix(one.encoder.prompt_format.stop).strip() == row.response.strip()
+    assert behind.removesuffix(one.encoder.prompt_format.stop).strip() == row.turns[0].response.strip()
     assert 0 < start < end - 1
 
 
@@ -194,7 +198,7 @@ def test_i3_labels_are_the_whole_response_and_the_stop_token(tokenizer: str, for
 @given(row=rows(plain_texts))
 def test_i4_few_shot_examples_and_contexts_are_never_labels(tokenizer: str, form: str, row: Row) -> None:
     one = case(tokenizer, form)
-    row = replace(row, response="zq", contexts=("ctx7",))
+    row = with_turn(row, response="zq", contexts=("ctx7",))
     example = one.example(row)
     (span,) = example.trained
     text = one.text_of(example.input_ids[slice(*span)])
@@ -210,12 +214,12 @@ def test_i4_few_shot_examples_and_contexts_are_never_labels(tokenizer: str, form
 @given(row=rows(any_texts))
 def test_i5_control_text_in_data_makes_no_control_token(tokenizer: str, form: str, row: Row) -> None:
     one = case(tokenizer, form)
-    assume(replace_control_text(row.response).strip() and "\u200b" not in row.response)
+    assume(replace_control_text(row.turns[0].response).strip() and "\u200b" not in row.turns[0].response)
     example, plain = one.example(row), one.example(neutral(row))
     unknown = one.encoder.tokenizer.control_tokens["<unk>"]
     count = [num_control_tokens([i for i in e.input_ids if i != unknown], one.encoder) for e in (example, plain)]
     assert count[0] == count[1]
-    texts = (row.input, row.response, *row.contexts)
+    texts = texts_of(row)
     assert example.has_control_text is any(token in t for token in one.encoder.tokenizer.control_tokens for t in texts)
 
 
@@ -238,14 +242,14 @@ def test_control_texts_around_the_number_of_another_stay_what_they_are() -> None
     """`</s>` and `<|im_end|>` (number 4) around a 4: their private marks stand back to back."""
     one = case("byte_level", "chatml", "bare")
     assert one.encoder.tokenizer.control_tokens["<|im_end|>"] == 4
-    example = one.example(Row(number=0, input="a", response="</s>4<|im_end|>"))
+    example = one.example(Row.of(number=0, input="a", response="</s>4<|im_end|>"))
     response = one.text_of(example.input_ids[example.num_prompt_tokens :])
     assert response == "</s>4<|im_end|>" + "<|im_end|>"
 
 
 def test_control_text_in_data_with_permission_becomes_a_counted_control_token() -> None:
     encoder = replace(case("byte_level", "chatml", "bare").encoder, allow_special_tokens_in_data=True)
-    (example,) = encoder.encode([Row(number=0, input="a<|im_end|>b", response="c")])
+    (example,) = encoder.encode([Row.of(number=0, input="a<|im_end|>b", response="c")])
     assert isinstance(example, Example)
     assert example.has_control_text
     assert example.input_ids.count(encoder.tokenizer.control_tokens["<|im_end|>"]) == 3
@@ -256,7 +260,7 @@ def test_prompt_that_would_merge_with_the_response_keeps_its_own_ids() -> None:
     tokenizer = case("byte_level", "plain").encoder.tokenizer
     form = PromptFormat(response=Role("Answ", "<|im_end|>")).for_tokenizer(tokenizer)
     one = replace(case("byte_level", "plain", "bare"), encoder=encoder_of(100, prompt_format=form))
-    row = Row(number=0, input="a", response="er: b")
+    row = Row.of(number=0, input="a", response="er: b")
     example = one.example(row)
     prompt = one.ids_of("a\nAnsw")
     assert one.ids_of("a\nAnswer: b<|im_end|>")[: len(prompt)] != prompt
@@ -266,12 +270,12 @@ def test_prompt_that_would_merge_with_the_response_keeps_its_own_ids() -> None:
 
 def test_text_behind_the_stop_token_is_not_part_of_the_example() -> None:
     one = case("byte_level", "newline", "bare")
-    assert one.example(Row(number=0, input="a", response="b")).text == "Q:\na\nA:\nb<|im_end|>"
+    assert one.example(Row.of(number=0, input="a", response="b")).text == "Q:\na\nA:\nb<|im_end|>"
 
 
 # --- rows that do not fit --------------------------------------------------------------------------------------------
 
-LONG = Row(number=7, input="What is it? " * 4, response="A fox.", contexts=("Ctx one.", "Ctx two.", "Ctx three."))
+LONG = Row.of(number=7, input="What is it? " * 4, response="A fox.", contexts=("Ctx one.", "Ctx two.", "Ctx three."))
 
 
 def encoder_of(max_tokens: int, **changes: object) -> Encoder:
@@ -307,7 +311,7 @@ def test_row_one_longer_than_chunksize_is_an_error_that_names_row_and_lengths() 
 
 @pytest.mark.parametrize("kept", [2, 1, 0])
 def test_row_too_long_loses_whole_contexts_from_the_end_and_no_more_than_needed(kept: int) -> None:
-    expected = replace(LONG, contexts=LONG.contexts[:kept])
+    expected = with_turn(LONG, contexts=LONG.turns[0].contexts[:kept])
     (outcome,) = encoder_of(num_tokens(expected), on_too_long="truncate_contexts").encode([LONG])
     assert isinstance(outcome, Example)
     (whole,) = encoder_of(10_000).encode([expected])
@@ -315,23 +319,24 @@ def test_row_too_long_loses_whole_contexts_from_the_end_and_no_more_than_needed(
 
 
 def test_row_too_long_without_contexts_loses_the_end_of_its_input() -> None:
-    bare = replace(LONG, contexts=())
+    bare = with_turn(LONG, contexts=())
     (outcome,) = encoder_of(num_tokens(bare) - 1, on_too_long="truncate_contexts").encode([LONG])
     assert isinstance(outcome, Example)
     assert outcome.num_cut_contexts == 3
-    kept = len(LONG.input) - outcome.num_cut_characters
-    (expected,) = encoder_of(10_000).encode([replace(bare, input=LONG.input[:kept])])
+    kept = len(LONG.turns[0].input) - outcome.num_cut_characters
+    (expected,) = encoder_of(10_000).encode([with_turn(bare, input=LONG.turns[0].input[:kept])])
     assert outcome.input_ids == expected.input_ids
-    assert num_tokens(replace(bare, input=LONG.input[: kept + 1])) > num_tokens(bare) - 1 or kept + 1 == len(LONG.input)
+    longer = with_turn(bare, input=LONG.turns[0].input[: kept + 1])
+    assert outcome.num_cut_characters == 1 or num_tokens(longer) > num_tokens(bare) - 1
 
 
 @given(room=st.integers(1, 80), size=st.integers(0, 60))
 @settings(max_examples=40, deadline=None)
 def test_cut_row_keeps_response_and_stop_token_and_fits(room: int, size: int) -> None:
-    row = Row(number=0, input="ab " * size, response="Yes, a fox.", contexts=("c" * size,))
+    row = Row.of(number=0, input="ab " * size, response="Yes, a fox.", contexts=("c" * size,))
     (outcome,) = encoder_of(room, on_too_long="truncate_contexts").encode([row])
     if isinstance(outcome, Dropped):
-        smallest = num_tokens(replace(row, input=row.input[:1], contexts=()))
+        smallest = num_tokens(with_turn(row, input=row.turns[0].input[:1], contexts=()))
         assert smallest > room
         return
     assert len(outcome.input_ids) <= room
@@ -339,7 +344,7 @@ def test_cut_row_keeps_response_and_stop_token_and_fits(room: int, size: int) ->
 
 
 def test_check_room_with_a_prompt_as_long_as_chunksize_is_a_config_error() -> None:
-    length = num_tokens(Row(number=0, input="", response="x")) - 1
+    length = num_tokens(Row.of(number=0, input="", response="x")) - 1
     encoder_of(length + 1).check_room()
     with pytest.raises(ConfigError, match=rf"chunksize: the prompt alone .* takes {length} tokens"):
         encoder_of(length).check_room()
@@ -355,7 +360,7 @@ def test_check_room_with_a_stop_of_plain_text_is_a_config_error() -> None:
 
 @pytest.mark.parametrize("response", ["", "  ", "\n"])
 def test_blank_response_is_dropped(response: str) -> None:
-    outcomes = encoder_of(100).encode([Row(number=3, input="a", response=response)])
+    outcomes = encoder_of(100).encode([Row.of(number=3, input="a", response=response)])
     assert outcomes == [Dropped(row=3, reason="empty_response")]
 
 
@@ -364,14 +369,14 @@ def test_empty_prompt_is_dropped_since_nothing_predicts_the_first_token() -> Non
     form = PromptFormat(role_separator="").for_tokenizer(tokenizer)
     encoder = Encoder(tokenizer=tokenizer, prompt=Prompt(), prompt_format=form, max_tokens=100)
     encoder.check_room()
-    outcomes = encoder.encode([Row(number=0, input="", response="b"), Row(number=1, input="a", response="b")])
+    outcomes = encoder.encode([Row.of(number=0, input="", response="b"), Row.of(number=1, input="a", response="b")])
     assert isinstance(outcomes[0], Dropped)
     assert outcomes[0].reason == "empty_prompt"
     assert isinstance(outcomes[1], Example)
 
 
 def test_prompt_of_no_tokens_is_dropped_though_it_is_some_text() -> None:
-    outcomes = case("wordpiece", "plain", "bare").encoder.encode([Row(number=0, input="", response="brown fox")])
+    outcomes = case("wordpiece", "plain", "bare").encoder.encode([Row.of(number=0, input="", response="brown fox")])
     assert isinstance(outcomes[0], Dropped)
     assert outcomes[0].reason == "empty_prompt"
 
@@ -382,7 +387,9 @@ def test_character_that_the_tokenizer_lacks_is_dropped_not_changed() -> None:
     facts["model"]["merges"] = [pair for pair in facts["model"]["merges"] if "Î" not in "".join(pair)]
     lacking = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(facts)))
     encoder = replace(encoder_of(100), tokenizer=PromptTokenizer(lacking))
-    kept, dropped = encoder.encode([Row(number=0, input="a", response="e"), Row(number=1, input="α", response="e")])
+    kept, dropped = encoder.encode(
+        [Row.of(number=0, input="a", response="e"), Row.of(number=1, input="α", response="e")]
+    )
     assert isinstance(kept, Example)
     assert isinstance(dropped, Dropped)
     assert dropped.reason == "not_representable"
@@ -390,9 +397,9 @@ def test_character_that_the_tokenizer_lacks_is_dropped_not_changed() -> None:
 
 def test_private_marks_in_data_are_an_error_that_names_the_row() -> None:
     with pytest.raises(DataError, match=r"source_config: row 4 .*U\+F8FD"):
-        encoder_of(100).encode([Row(number=4, input="</s>\uf8fd", response="a")])
+        encoder_of(100).encode([Row.of(number=4, input="</s>\uf8fd", response="a")])
 
 
 def test_encode_gives_the_outcomes_in_row_order() -> None:
-    some = [Row(number=n, input=f"q{n}", response="" if n % 3 == 0 else f"a{n}") for n in range(10)]
+    some = [Row.of(number=n, input=f"q{n}", response="" if n % 3 == 0 else f"a{n}") for n in range(10)]
     assert [outcome.row for outcome in encoder_of(100).encode(some)] == list(range(10))

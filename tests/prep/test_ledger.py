@@ -1,14 +1,13 @@
 """What became of every row: spilled examples, ledger, samples, counts, manifest, the table at the end."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import byte_level_tokenizer
 from datasets import Dataset
-from prep_helpers import make_config, settings
+from prep_helpers import make_config, settings, with_turn
 
 from llm.errors import DataError
 from llm.model_registry import KnownModel
@@ -16,17 +15,17 @@ from llm.named_formats import ChatMLFormat
 from llm.prompt import Prompt
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import DataPrepConfig
-from llm.training.prep.dataset import Row
 from llm.training.prep.encode import Dropped, Encoder, Example
 from llm.training.prep.engine import encode_rows, open_encoder
-from llm.training.prep.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from llm.training.prep.manifest import Manifest, Sample, manifest_path, read_manifest, write_manifest
 from llm.training.prep.pack import pack_examples
+from llm.training.prep.rows import Row, with_columns
 from llm.training.prep.store import Examples, ExampleWriter
 from llm.training.prep.summary import ledger_with_blocks, make_manifest, print_summary
 
 pytest_plugins = ("prep_fixtures",)
 
-ROWS = [Row(number=n, input=f"q{n}", response=f"a{n}", contexts=("c",) * (n % 2)) for n in range(6)]
+ROWS = [Row.of(number=n, input=f"q{n}", response=f"a{n}", contexts=("c",) * (n % 2)) for n in range(6)]
 OUTCOMES = [
     Example(row=0, text="t0", input_ids=[1, 2, 3], trained=((1, 3),)),
     Dropped(row=1, reason="too_long", num_tokens=99),
@@ -97,20 +96,22 @@ def test_batches_of_any_size_give_the_same(tmp_path: Path) -> None:
 
 
 def test_samples_are_whole_rows_without_control_text(tmp_path: Path) -> None:
-    assert spilled(tmp_path).samples == [(ROWS[0], [1])]
+    assert spilled(tmp_path).samples == [
+        Sample(messages=[{"role": "user", "content": "q0"}], contexts=[], tools=[], prompt_ids=[1])
+    ]
 
 
 @pytest.mark.parametrize("change", [{"input": "q0 "}, {"response": ""}, {"contexts": ("",)}])
 def test_source_fingerprint_changes_with_any_field(tmp_path: Path, change: dict[str, object]) -> None:
     same = spilled(tmp_path / "a").source_fingerprint
     assert spilled(tmp_path / "b").source_fingerprint == same
-    changed = [replace(ROWS[0], **change), *ROWS[1:]]  # type: ignore[arg-type]
+    changed = [with_turn(ROWS[0], **change), *ROWS[1:]]
     assert spilled(tmp_path / "c", changed).source_fingerprint != same
 
 
 def test_source_fingerprint_tells_where_a_text_ends(tmp_path: Path) -> None:
-    one = [Row(number=0, input="ab", response="c")]
-    other = [Row(number=0, input="a", response="bc")]
+    one = [Row.of(number=0, input="ab", response="c")]
+    other = [Row.of(number=0, input="a", response="bc")]
     assert spilled(tmp_path / "a", one).source_fingerprint != spilled(tmp_path / "b", other).source_fingerprint
 
 
@@ -230,7 +231,7 @@ def test_encode_rows_in_several_batches_numbers_rows_through(
 ) -> None:
     monkeypatch.setattr("llm.training.prep.engine._ROWS_AT_ONCE", 4)
     rows = Dataset.from_list([{"input": f"q{n}", "response": "" if n == 5 else f"a{n}"} for n in range(10)])
-    examples = encode_rows(rows, encoder, tmp_path)
+    examples = encode_rows(with_columns(rows, {}), encoder, tmp_path)
     assert examples.ledger["row"].to_pylist() == list(range(10))
     assert examples.table["row"].to_pylist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     assert np.all(examples.lengths > 0)
@@ -239,7 +240,7 @@ def test_encode_rows_in_several_batches_numbers_rows_through(
 def test_encode_rows_with_all_dropped_is_a_data_error_that_counts_the_reasons(tmp_path: Path, encoder: Encoder) -> None:
     rows = Dataset.from_list([{"input": "a" * 500, "response": "b"}, {"input": "a", "response": " "}])
     with pytest.raises(DataError, match="every one of the 2 rows was dropped") as caught:
-        encode_rows(rows, encoder, tmp_path)
+        encode_rows(with_columns(rows, {}), encoder, tmp_path)
     assert "- too_long, 1 row" in str(caught.value)
     assert "- empty_response, 1 row" in str(caught.value)
 
@@ -247,4 +248,4 @@ def test_encode_rows_with_all_dropped_is_a_data_error_that_counts_the_reasons(tm
 def test_manifest_is_plain_json(tmp_path: Path, config: DataPrepConfig, encoder: Encoder) -> None:
     write_manifest(manifest_of(config, encoder, spilled(tmp_path / "spill")), str(tmp_path))
     facts = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
-    assert facts["prompt"] == {"method": "DefaultPrompt", "kwargs": {}}
+    assert facts["prompt"] == {"method": "Prompt", "kwargs": {}}

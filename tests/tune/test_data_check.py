@@ -24,7 +24,7 @@ def make_manifest(fingerprint: str) -> Manifest:
         chat_template=None,
         stop_token="</s>",
         stop_token_id=2,
-        samples=[Sample(input="a", contexts=[], prompt_ids=[1])],
+        samples=[Sample(messages=[{"role": "user", "content": "a"}], contexts=[], tools=[], prompt_ids=[1])],
         source={},
         counts={},
         chunksize=40,

@@ -27,7 +27,7 @@ TEMPLATE = (
 def sample(text: str = "Who?", contexts: tuple[str, ...] = ("a", "b")) -> Sample:
     rendered = "".join(f"[{context}] " for context in contexts) + f"user: {text}\nanswer:"
     ids = tiny_tokenizer()(rendered, add_special_tokens=False)["input_ids"]
-    return Sample(input=text, contexts=list(contexts), prompt_ids=ids)
+    return Sample(messages=[{"role": "user", "content": text}], contexts=list(contexts), tools=[], prompt_ids=ids)
 
 
 def manifest(**changes: Any) -> Manifest:
@@ -102,8 +102,9 @@ def test_exported_chat_template_gives_the_trained_prompt(tmp_path: Path) -> None
     tokenizer = AutoTokenizer.from_pretrained(export(tmp_path, tokenizer=given))
     for row in manifest().samples:
         documents = [{"text": context} for context in row.contexts] or None
-        message = [{"role": "user", "content": row.input}]
-        ids = tokenizer.apply_chat_template(message, documents=documents, add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            row.messages, documents=documents, add_generation_prompt=True, return_dict=False
+        )
         assert ids == row.prompt_ids
     assert given.chat_template is None  # the caller's is left alone
 

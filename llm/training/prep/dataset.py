@@ -1,4 +1,4 @@
-"""Stage 1: `source_config` -> a data set of checked rows `input`, `response` and, if there, `contexts`.
+"""Stage 1, first half: `source_config` -> a data set, from the hub, disk or a URL; `rows.py` reads its columns.
 
 Also loads prepared blocks for `finetune`: both scripts name data in the same way.
 """
@@ -7,15 +7,13 @@ import csv
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pyarrow as pa
 
-from llm.errors import ConfigError, DataError, MissingExtraError, did_you_mean
+from llm.errors import ConfigError, DataError, MissingExtraError, did_you_mean, quoted
 from llm.registry import call_method, resolve_method
 from llm.terminal import library_bars_hidden, working
 from llm.training.config import DatasetConfig
@@ -32,16 +30,6 @@ _BLOCK_COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids", "node
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One source row; `number` counts from 0 in the source."""
-
-    number: int
-    input: str
-    response: str
-    contexts: tuple[str, ...] = ()
-
-
 def load_dataset_config(config: DatasetConfig, *, key: str) -> "Dataset":
     """The data set that `config` names; `key` is its YAML key, for errors.
 
@@ -53,13 +41,6 @@ def load_dataset_config(config: DatasetConfig, *, key: str) -> "Dataset":
         return _one_split(_call_loader(loader, dict(config.kwargs), key), config, key)
 
 
-def load_source(config: DatasetConfig) -> "Dataset":
-    """The source rows, columns checked."""
-    rows = load_dataset_config(config, key="source_config")
-    check_columns(rows, key="source_config")
-    return rows
-
-
 def load_blocks(config: DatasetConfig, *, key: str) -> "Dataset":
     """The prepared blocks that `config` names, lists as lists: `to_csv` writes them as JSON text.
 
@@ -69,10 +50,10 @@ def load_blocks(config: DatasetConfig, *, key: str) -> "Dataset":
     missing = [name for name in _BLOCK_COLUMNS if name not in blocks.column_names]
     if missing:
         raise DataError(
-            f"{key}: these are no prepared blocks, {_quoted(missing)} is missing. They have "
-            f"{_quoted(blocks.column_names)}. Run dataprep on them, and name here the data set that it writes."
+            f"{key}: these are no prepared blocks, {quoted(missing)} is missing. They have "
+            f"{quoted(blocks.column_names)}. Run dataprep on them, and name here the data set that it writes."
         )
-    as_text = [name for name in (*_BLOCK_COLUMNS, "example_rows") if _is_text(blocks.features.get(name))]
+    as_text = [name for name in (*_BLOCK_COLUMNS, "example_rows") if is_text(blocks.features.get(name))]
     return _with_lists(blocks, as_text, key) if as_text else blocks
 
 
@@ -112,54 +93,9 @@ def dataset_location(config: DatasetConfig) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def check_columns(dataset: "Dataset", *, key: str) -> None:
-    """DataError when `input` or `response` is missing, or a column is not of text (`contexts`: of lists of text)."""
-    names = dataset.column_names
-    for wanted in ("input", "response"):
-        if wanted not in names:
-            near = did_you_mean(wanted, names)
-            hint = f"{near} " if near.startswith("Did") else ""
-            raise DataError(
-                f"{key}: the rows have no column `{wanted}`; they have {_quoted(names)}. {hint}Rename it in the "
-                "data, or in a function of yours: `method: path.to.module::name` may return any datasets.Dataset."
-            )
-        kind = dataset.features[wanted]
-        if not _is_text(kind) and not _is_null(kind):
-            raise DataError(
-                f"{key}: column `{wanted}` must be text, it is {_kind_name(kind)}{_example(dataset, wanted)}."
-            )
-    contexts = dataset.features.get("contexts")
-    if contexts is not None and not _is_text(getattr(contexts, "feature", None)) and not _is_null(contexts):
-        raise DataError(
-            f'{key}: column `contexts` must be a list of texts in each row, e.g. ["..."]; it is {_kind_name(contexts)}'
-            f"{_example(dataset, 'contexts')}."
-        )
-
-
-def iterate_rows(dataset: "Dataset", *, batch_size: int) -> Iterator[list[Row]]:
-    """The rows of `dataset` in order, `batch_size` at a time; DataError at a null, with its row number."""
-    columns = [name for name in ("input", "response", "contexts") if name in dataset.column_names]
-    reader = dataset.select_columns(columns).with_format("arrow")
-    start = 0
-    for table in reader.iter(batch_size=batch_size):
-        batch = {name: table.column(name).to_pylist() for name in columns}
-        contexts = batch.get("contexts", [None] * table.num_rows)
-        yield [
-            _row(start + place, *values)
-            for place, values in enumerate(zip(batch["input"], batch["response"], contexts, strict=True))
-        ]
-        start += table.num_rows
-
-
-def _row(number: int, input_text: str | None, response: str | None, contexts: list[str | None] | None) -> Row:
-    texts = contexts or []
-    if input_text is None or response is None or None in texts:
-        name = "input" if input_text is None else "response" if response is None else f"contexts[{texts.index(None)}]"
-        raise DataError(
-            f"source_config: row {number} (counted from 0): `{name}` is null, or not there. "
-            "Every row needs an input and a response, and every context a text: mend the row or remove it."
-        )
-    return Row(number=number, input=input_text, response=response, contexts=tuple(t for t in texts if t is not None))
+def is_text(feature: Any) -> bool:
+    """Whether a column of this kind holds text."""
+    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def _loading_method(config: DatasetConfig) -> str:
@@ -216,7 +152,7 @@ def _one_split(found: Any, config: DatasetConfig, key: str) -> "Dataset":
         if len(found) != 1:
             path = config.kwargs.get("dataset_path")
             remedy = f"dataset_path: {path}/{next(iter(found))}" if path else f"split: {next(iter(found))}"
-            raise ConfigError(f"{key}: the data set has the splits {_quoted(found)}: name one, e.g. `{remedy}`.")
+            raise ConfigError(f"{key}: the data set has the splits {quoted(found)}: name one, e.g. `{remedy}`.")
         found = next(iter(found.values()))
     if not isinstance(found, Dataset):
         raise ConfigError(f"{key}: the method gave a {type(found).__name__}, not a datasets.Dataset.")
@@ -233,37 +169,12 @@ def _with_lists(blocks: "Dataset", names: list[str], key: str) -> "Dataset":
         with library_bars_hidden():
             return blocks.map(_lists_of_json, batched=True, features=Features(kinds), fn_kwargs={"names": names})
     except (ValueError, TypeError, pa.ArrowInvalid) as error:
-        raise DataError(f"{key}: {_quoted(names)} hold no lists of integers as JSON ({_first_line(error)}).") from error
+        raise DataError(f"{key}: {quoted(names)} hold no lists of integers as JSON ({_first_line(error)}).") from error
 
 
 def _lists_of_json(batch: dict[str, list[str]], names: list[str]) -> dict[str, list[Any]]:
     return {name: [json.loads(text) for text in batch[name]] for name in names}
 
 
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _kind_name(feature: Any) -> str:
-    return f"of type {feature.dtype}" if isinstance(getattr(feature, "dtype", None), str) else f"{feature}"
-
-
-def _example(dataset: "Dataset", column: str) -> str:
-    """`: row 3 holds 7`, the first row that shows it."""
-    for number, value in enumerate(dataset[column]):
-        if value is not None:
-            return f": row {number} holds {repr(value)[:60]}"
-    return ""
-
-
 def _first_line(error: BaseException | None) -> str:
     return str(error).strip().splitlines()[0] if error and str(error).strip() else type(error).__name__
-
-
-def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
-
-
-def _is_null(feature: Any) -> bool:
-    inner = getattr(feature, "feature", feature)  # a column of nulls, or of empty lists only
-    return getattr(inner, "dtype", None) == "null"

@@ -11,25 +11,35 @@ the answer with SentencePiece. So: the ids of the whole where the prompt's ids b
 ids of one character and the response behind the ids of that character.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from llm.chat_template import ChatTemplateFormat
+from llm.chat_template import ChatTemplateFormat, TemplateRefusal, answer_places, split_system
 from llm.errors import ConfigError, DataError, did_you_mean
 from llm.prompt import Message, Prompt
-from llm.prompt_format import PromptFormat, Segment, last_control_token
+from llm.prompt_format import PromptFormat, Segment, TrainOn, last_control_token
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import OnTooLong
-from llm.training.prep.dataset import Row
+from llm.training.prep.rows import Row
 
-DropReason = Literal["empty_response", "empty_prompt", "too_long", "not_representable", "no_exact_boundary"]
+DropReason = Literal[
+    "empty_response",
+    "empty_prompt",
+    "too_long",
+    "not_representable",
+    "no_exact_boundary",
+    "needs_chat_template",
+    "refused_by_template",
+]
 DROP_ADVICE: dict[str, str] = {
     "empty_response": "no response to learn from",
     "empty_prompt": "no prompt token from which to predict the response's first",
     "too_long": "longer than chunksize, or than the model can read: raise chunksize, or set on_too_long",
     "not_representable": "the tokenizer has no tokens for some of its characters",
     "no_exact_boundary": "prompt and response cannot be told apart in tokens",
+    "needs_chat_template": "tools, or no turns of user and assistant: only ChatTemplateFormat has marks for that",
+    "refused_by_template": "the chat template raises an error for these roles",
 }
 
 
@@ -105,6 +115,7 @@ class Encoder:
     max_tokens: int
     on_too_long: OnTooLong = "drop"
     allow_special_tokens_in_data: bool = False
+    train_on: TrainOn = "all"
 
     def check_room(self) -> None:
         """ConfigError when the fixed part of the prompt (system message, few-shot examples, marks) leaves no room.
@@ -116,7 +127,7 @@ class Encoder:
                 f"prompt_format_config: the stop `{self.prompt_format.stop}` is not a control token of this tokenizer. "
                 f"{did_you_mean(self.prompt_format.stop, self.tokenizer.control_tokens)}"
             )
-        empty = self._encode_all([Row(number=0, input="", response="")])[0]
+        empty = self._encode_all([Row.of(number=0, input="", response="")])[0]
         num_tokens = empty.num_tokens if isinstance(empty, Dropped) else len(empty.input_ids)
         if num_tokens >= self.max_tokens:
             raise ConfigError(
@@ -129,15 +140,31 @@ class Encoder:
         outcomes: dict[int, Outcome] = {}
         full = []
         for row in rows:
-            if not row.response.strip():
-                outcomes[row.number] = Dropped(row=row.number, reason="empty_response")
-            elif _has_lone_surrogate(row):
-                outcomes[row.number] = Dropped(row=row.number, reason="not_representable")
+            reason = self._why_unusable(row)
+            if reason:
+                outcomes[row.number] = Dropped(row=row.number, reason=reason)
             else:
                 full.append(row)
         for row, outcome in zip(full, self._encode_all(full), strict=True):
             outcomes[row.number] = self._fitted(row, outcome)
         return [outcomes[row.number] for row in rows]
+
+    def _why_unusable(self, row: Row) -> DropReason | None:
+        """What can be told without tokens."""
+        answers = self._answers(row)
+        if not answers or not all(answer.strip() for answer in answers):
+            return "empty_response"
+        if row.chat is not None and not isinstance(self.prompt_format, ChatTemplateFormat):
+            return "needs_chat_template"
+        return "not_representable" if _has_lone_surrogate(row) else None
+
+    def _answers(self, row: Row) -> list[str]:
+        """What is to be trained."""
+        if row.chat is None:
+            return [turn.response or "" for turn in row.answered(self.train_on) if turn.is_trained]
+        _, messages = split_system(row.chat["messages"])
+        trained = [messages[place] for place in answer_places(messages, self.train_on)]
+        return [str(said.get("tool_calls") or said["content"]) for said in trained]
 
     def _fitted(self, row: Row, outcome: Outcome) -> Outcome:
         if isinstance(outcome, Dropped) or len(outcome.input_ids) <= self.max_tokens:
@@ -152,21 +179,27 @@ class Encoder:
         return cut or Dropped(row=row.number, reason="too_long", num_tokens=num_tokens)
 
     def _truncate(self, row: Row) -> Example | None:
-        """The example with as many leading contexts as fit, else with as much of the input (1 character or more)."""
-        for kept in range(len(row.contexts) - 1, -1, -1):
-            example = self._try(replace(row, contexts=row.contexts[:kept]))
+        """The example with as many leading contexts as fit, else with as much of the input (1 character or more).
+
+        None where neither is enough, and for a conversation: to cut one would take answers away.
+        """
+        if len(row.turns) != 1:
+            return None
+        (turn,) = row.turns
+        for kept in range(len(turn.contexts) - 1, -1, -1):
+            example = self._try(row, replace(turn, contexts=turn.contexts[:kept]))
             if example:
-                return replace(example, num_cut_contexts=len(row.contexts) - kept)
-        low, high, best = 1, len(row.input), None
+                return replace(example, num_cut_contexts=len(turn.contexts) - kept)
+        low, high, best = 1, len(turn.input), None
         while low < high:  # the longest input that fits, by bisection over characters
             middle = (low + high) // 2
-            example = self._try(replace(row, contexts=(), input=row.input[:middle]))
+            example = self._try(row, replace(turn, contexts=(), input=turn.input[:middle]))
             best, low, high = (example, middle + 1, high) if example else (best, low, middle)
-        cut = len(row.input) - (low - 1)
-        return best and replace(best, num_cut_contexts=len(row.contexts), num_cut_characters=cut)
+        cut = len(turn.input) - (low - 1)
+        return best and replace(best, num_cut_contexts=len(turn.contexts), num_cut_characters=cut)
 
-    def _try(self, row: Row) -> Example | None:
-        outcome = self._encode_all([row])[0]
+    def _try(self, row: Row, turn: Message) -> Example | None:
+        outcome = self._encode_all([replace(row, turns=(turn,))])[0]
         return outcome if isinstance(outcome, Example) and len(outcome.input_ids) <= self.max_tokens else None
 
     def _encode_all(self, rows: Sequence[Row]) -> list[Outcome]:
@@ -177,12 +210,25 @@ class Encoder:
         return self._checked(outcomes)
 
     def _segments(self, row: Row) -> list[Segment]:
+        """The rendered row, its control-token text marked to stay text; none when the template refuses it."""
         keep: Callable[[str], str] = str if self.allow_special_tokens_in_data else self.tokenizer.keep_as_text
         try:
-            message = Message(keep(row.input), keep(row.response), [keep(text) for text in row.contexts])
-            return self.prompt_format.segments(self.prompt.conversation([message]))
+            if row.chat is not None:
+                return self._chat_segments(_with_texts(row.chat, keep))
+            turns = [replace(turn, **_with_texts(_texts(turn), keep)) for turn in row.answered(self.train_on)]
+            return self.prompt_format.segments(self.prompt.conversation(turns, system=keep(row.system)))
+        except TemplateRefusal as error:
+            if row.chat is not None:
+                return []
+            raise DataError(f"source_config: row {row.number} (counted from 0): {error}") from error
         except (ValueError, DataError) as error:
             raise DataError(f"source_config: row {row.number} (counted from 0): {error}") from error
+
+    def _chat_segments(self, chat: Mapping[str, Any]) -> list[Segment]:
+        assert isinstance(self.prompt_format, ChatTemplateFormat), "_why_unusable has seen to it"
+        around = self.prompt.conversation([Message("", None, chat["contexts"])])
+        messages = self.prompt.chat(chat["messages"])
+        return self.prompt_format.chat_segments(around, messages, tools=chat["tools"], train_on=self.train_on)
 
     def _joints(self, pairs: Sequence[_Pair]) -> list[_Joint]:
         joints: list[_Joint] = []
@@ -217,6 +263,8 @@ class Encoder:
         return None
 
     def _example(self, row: Row, pairs: Sequence[_Pair], ids: Iterator[_JoinedIds]) -> Outcome:
+        if not pairs and row.chat is not None:
+            return Dropped(row=row.number, reason="refused_by_template")
         input_ids: list[int] = []
         trained = []
         joined = [next(ids) for _ in pairs]
@@ -240,12 +288,13 @@ class Encoder:
             text=text,
             input_ids=input_ids,
             trained=tuple(trained),
+            num_cut_characters=sum(len(turn.input) for turn in row.turns[len(row.answered("all")) :]),
             has_control_text=has_control_text,
         )
 
     def _has_control_text(self, row: Row) -> bool:
-        texts = (row.input, row.response, *row.contexts)
-        return any(token in text for token in self.tokenizer.control_tokens for text in texts)
+        text = _all_text(row)
+        return any(token in text for token in self.tokenizer.control_tokens)
 
     def _checked(self, outcomes: list[Outcome]) -> list[Outcome]:
         """I2 and the stop token, for every example."""
@@ -266,9 +315,35 @@ class Encoder:
         return checked
 
 
+def _texts(turn: Message) -> dict[str, Any]:
+    return {"input": turn.input, "response": turn.response, "contexts": turn.contexts}
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with every text in it changed, but for the names of keys and roles."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: one if name in ("role", "type") else _with_texts(one, change) for name, one in value.items()}
+    return [_with_texts(one, change) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _all_text(row: Row) -> str:
+    turns = (text for turn in row.turns for text in (turn.input, turn.response or "", *turn.contexts))
+    return "\n".join((row.system, *turns, *_strings(row.chat)))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for part in parts:
+        yield from _strings(part)
+
+
 def _has_lone_surrogate(row: Row) -> bool:
     try:
-        "".join((row.input, row.response, *row.contexts)).encode()
+        _all_text(row).encode()
     except UnicodeEncodeError:
         return True
     return False
@@ -276,6 +351,6 @@ def _has_lone_surrogate(row: Row) -> bool:
 
 def _pairs(segments: Sequence[Segment]) -> list[_Pair]:
     """Prompts and responses in turn, without what a format puts behind the stop token; none when a prompt is empty."""
-    if segments[0].is_trained:
+    if not segments or segments[0].is_trained:
         return []
     return list(zip(segments[::2], segments[1::2], strict=False))

@@ -1,21 +1,19 @@
 """Runs stages 1 to 3 over all rows on this machine: one process, the tokenizer's own threads on all cores."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llm.errors import DataError
 from llm.model_registry import find_model
+from llm.prompt import Prompt
 from llm.prompt_registry import make_prompt, make_prompt_format
 from llm.terminal import progress_bar
 from llm.tokenizer import load_prompt_tokenizer
-from llm.training.config import DataPrepConfig
-from llm.training.prep.dataset import iterate_rows
+from llm.training.config import DataPrepConfig, MethodConfig
 from llm.training.prep.encode import DROP_ADVICE, Encoder
+from llm.training.prep.rows import Source, iterate_rows
 from llm.training.prep.store import Examples, ExampleWriter
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _ROWS_AT_ONCE = 1000
 
@@ -24,7 +22,8 @@ def open_encoder(config: DataPrepConfig) -> Encoder:
     """The encoder of `config`; ConfigError for what is wrong with model, prompt or format, before any row is read."""
     if config.num_proc:
         os.environ["RAYON_NUM_THREADS"] = str(config.num_proc)  # read once, when the tokenizer first runs
-    prompt = make_prompt(config.prompt_config.method, config.prompt_config.kwargs)
+    chosen_prompt = config.prompt_config or MethodConfig(method="DefaultPrompt")
+    prompt = make_prompt(chosen_prompt.method, chosen_prompt.kwargs)
     tokenizer = load_prompt_tokenizer(config.base_model)
     chosen = config.prompt_format_config
     encoder = Encoder(
@@ -40,22 +39,30 @@ def open_encoder(config: DataPrepConfig) -> Encoder:
         max_tokens=min(config.chunksize, find_model(config.base_model).max_length or config.chunksize),
         on_too_long=config.on_too_long,
         allow_special_tokens_in_data=config.allow_special_tokens_in_data,
+        train_on=config.train_on,
     )
     encoder.check_room()
     return encoder
 
 
-def encode_rows(rows: "Dataset", encoder: Encoder, folder: Path) -> Examples:
+def for_source(encoder: Encoder, config: DataPrepConfig, source: Source) -> Encoder:
+    """The encoder with the default prompt for the format of the rows, unless the config names one."""
+    is_default = config.prompt_config is None and source.row_format != "input_response"
+    return replace(encoder, prompt=Prompt()) if is_default else encoder
+
+
+def encode_rows(source: Source, encoder: Encoder, folder: Path) -> Examples:
     """The examples of all rows, spilled to `folder`; DataError when none is left, with the reasons."""
-    batches = iterate_rows(rows, batch_size=_ROWS_AT_ONCE)
-    bar = progress_bar("Tokenizing", total=len(rows), unit="rows")
+    num_rows = len(source.dataset)
+    batches = iterate_rows(source, batch_size=_ROWS_AT_ONCE)
+    bar = progress_bar("Tokenizing", total=num_rows, unit="rows")
     with ExampleWriter(folder) as writer, bar as advance:
         for batch in batches:
-            writer.add(batch, encoder.encode(batch))
+            writer.add(batch, encoder.encode(batch), train_on=encoder.train_on)
             advance(len(batch))
     examples = writer.read()
     if not len(examples.lengths):
         reasons = {what.removeprefix("dropped: "): count for what, count in examples.counts().items()}
         told = "\n".join(f"- {reason}, {count} rows: {DROP_ADVICE[reason]}" for reason, count in reasons.items())
-        raise DataError(f"source_config: every one of the {len(rows)} rows was dropped, nothing is written:\n{told}")
+        raise DataError(f"source_config: every one of the {num_rows} rows was dropped, nothing is written:\n{told}")
     return examples

@@ -12,15 +12,16 @@ import fsspec
 
 from llm.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One source row and the prompt ids it became, so that the exported chat template can be checked."""
+    """The messages before a row's first answer and the ids they became: the exported chat template must give them."""
 
-    input: str
+    messages: list[dict[str, Any]]
     contexts: list[str]
+    tools: list[Any]
     prompt_ids: list[int]
 
 

@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llm.prompt_format import TrainOn
 from llm.training.prep.arrays import Ints, make_lists
-from llm.training.prep.dataset import Row
 from llm.training.prep.encode import Dropped, Example, Outcome
+from llm.training.prep.manifest import Sample
+from llm.training.prep.rows import Row
 
 SCHEMA = pa.schema(
     [
@@ -45,13 +47,13 @@ _LEDGER = {
 class Examples:
     """The kept examples (`table`, memory-mapped, in row order), their lengths, and what became of every row.
 
-    `samples` are a few rows with their prompt ids, `source_fingerprint` is a hash of all rows as read.
+    `samples` are a few prompts, `source_fingerprint` is a hash of all rows as read.
     """
 
     table: pa.Table
     lengths: Ints
     ledger: pa.Table
-    samples: list[tuple[Row, list[int]]]
+    samples: list[Sample]
     source_fingerprint: str
 
     def counts(self) -> Counter[str]:
@@ -70,7 +72,7 @@ class ExampleWriter:
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
         self._lengths: list[npt.NDArray[np.int64]] = []
         self._ledger: list[pa.RecordBatch] = []
-        self._samples: list[tuple[Row, list[int]]] = []
+        self._samples: list[Sample] = []
         self._source = hashlib.blake2b(digest_size=16)
 
     def __enter__(self) -> Self:
@@ -84,11 +86,11 @@ class ExampleWriter:
         self._writer.close()
         self._sink.close()
 
-    def add(self, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
+    def add(self, rows: Sequence[Row], outcomes: Sequence[Outcome], *, train_on: TrainOn = "all") -> None:
         """Appends one batch of rows and what became of them, in row order."""
         self._source.update(repr(rows).encode("utf-8", "surrogatepass"))
         if len(self._samples) < _NUM_SAMPLES:
-            self._samples += list(_samples(rows, outcomes))[: _NUM_SAMPLES - len(self._samples)]
+            self._samples += list(_samples(rows, outcomes, train_on))[: _NUM_SAMPLES - len(self._samples)]
         examples = [outcome for outcome in outcomes if isinstance(outcome, Example)]
         self._ledger.append(pa.RecordBatch.from_pylist([_entry(o) for o in outcomes], pa.schema(_LEDGER)))
         self._lengths.append(np.array([len(example.input_ids) for example in examples], dtype=np.int64))
@@ -114,11 +116,11 @@ class ExampleWriter:
         )
 
 
-def _samples(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> Iterator[tuple[Row, list[int]]]:
+def _samples(rows: Sequence[Row], outcomes: Sequence[Outcome], train_on: TrainOn) -> Iterator[Sample]:
     """Whole rows without control-token text: those that a chat template can reproduce."""
     for row, outcome in zip(rows, outcomes, strict=True):
         if isinstance(outcome, Example) and not outcome.is_cut and not outcome.has_control_text:
-            yield row, outcome.input_ids[: outcome.num_prompt_tokens]
+            yield Sample(**row.first_prompt(train_on), prompt_ids=outcome.input_ids[: outcome.num_prompt_tokens])
 
 
 def _lists(values: list[list[int]]) -> pa.ListArray:

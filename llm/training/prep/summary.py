@@ -11,7 +11,7 @@ from llm.serving_template import serving_template
 from llm.terminal import print_table
 from llm.training.config import DataPrepConfig, MethodConfig
 from llm.training.prep.encode import DROP_ADVICE, Encoder
-from llm.training.prep.manifest import FORMAT_VERSION, Manifest, Sample
+from llm.training.prep.manifest import FORMAT_VERSION, Manifest
 from llm.training.prep.pack import Packing
 from llm.training.prep.store import Examples
 
@@ -32,7 +32,7 @@ def make_manifest(config: DataPrepConfig, encoder: Encoder, examples: Examples, 
         format_version=FORMAT_VERSION,
         base_model=config.base_model,
         tokenizer_fingerprint=encoder.tokenizer.fingerprint,
-        prompt=config.prompt_config.model_dump(),
+        prompt=(config.prompt_config or MethodConfig(method=type(encoder.prompt).__name__)).model_dump(),
         prompt_format={
             "method": type(encoder.prompt_format).__name__,
             "kwargs": _kwargs(config.prompt_format_config),
@@ -40,7 +40,7 @@ def make_manifest(config: DataPrepConfig, encoder: Encoder, examples: Examples, 
         chat_template=serving_template(encoder.prompt, encoder.prompt_format),
         stop_token=encoder.prompt_format.stop,
         stop_token_id=encoder.tokenizer.control_tokens[encoder.prompt_format.stop],
-        samples=_samples(examples),
+        samples=examples.samples,
         source=config.source_config.model_dump() | {"fingerprint": examples.source_fingerprint},
         counts=_counts(examples, packing, config.chunksize),
         chunksize=config.chunksize,
@@ -55,7 +55,7 @@ def print_summary(manifest: Manifest, config: DataPrepConfig, path: str) -> None
     counts = manifest.counts
     rows = [("rows read", f"{counts['rows_read']:,}"), ("kept whole", f"{counts['rows_kept']:,}")]
     if counts["rows_cut"]:
-        rows.append(("kept, cut to fit", f"{counts['rows_cut']:,}"))
+        rows.append(("kept in part", f"{counts['rows_cut']:,}"))
     for reason, found in counts["rows_dropped"].items():
         first = ", ".join(map(str, found["first_rows"]))
         rows.append((f"dropped: {reason}", f"{found['rows']:,}  ({DROP_ADVICE[reason]}; rows {first})"))
@@ -107,7 +107,3 @@ def _counts(examples: Examples, packing: Packing, chunksize: int) -> dict[str, A
 def _first_rows(ledger: pa.Table, outcome: str) -> list[int]:
     rows: list[int] = ledger.filter(pc.equal(ledger["reason"], outcome.removeprefix("dropped: ")))["row"].to_pylist()
     return rows[:5]
-
-
-def _samples(examples: Examples) -> list[Sample]:
-    return [Sample(input=row.input, contexts=list(row.contexts), prompt_ids=ids) for row, ids in examples.samples]

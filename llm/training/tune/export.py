@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,17 @@ def export_model(
     return target
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, contexts: list[str]) -> list[int]:
-    """The ids that inference sees for a row: `text` and `contexts` through the tokenizer's chat template."""
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    *,
+    contexts: Sequence[str] = (),
+    tools: Sequence[Any] = (),
+) -> list[int]:
+    """The ids that inference sees for a row: `messages` and `contexts` through the tokenizer's chat template."""
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
+        messages,
+        tools=list(tools) or None,
         documents=[{"text": context} for context in contexts] or None,
         add_generation_prompt=True,
         tokenize=True,
@@ -82,10 +90,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, contexts: list[str
 
 
 def _check_prompt(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> None:
-    where = f"the exported chat template, for the input {sample.input[:60]!r}"
+    where = f"the exported chat template, for the input {str(sample.messages[-1].get('content'))[:60]!r}"
     remedy = "Nothing was exported, the checkpoints are untouched. Prepare the data again with this llm-train."
     try:
-        served = prompt_ids(tokenizer, sample.input, sample.contexts)
+        served = prompt_ids(tokenizer, sample.messages, contexts=sample.contexts, tools=sample.tools)
     except (ValueError, jinja2.TemplateError) as error:  # no template, or one that refuses
         raise CheckpointError(f"{where} gives no prompt ({error}). {remedy}") from error
     trained = sample.prompt_ids

@@ -1,0 +1,290 @@
+"""Stage 1, second half: the columns of a source, whatever their names and their format -> `Row`s.
+
+    input_response  input, response and, if there, contexts, system                the words of this project
+    messages        messages: [{role: user, content}, {role: assistant, content}]  OpenAI, TRL
+    sharegpt        conversations: [{from: human, value}, {from: gpt, value}]       ShareGPT, Vicuna
+    alpaca          instruction, output and, if there, input (becomes a context)    Stanford Alpaca
+
+`columns` of the config says what a column is called here, `row_format` forces one of these, `auto` finds it.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from llm.chat_template import answer_places, split_system
+from llm.errors import DataError, did_you_mean, quoted
+from llm.prompt import Message
+from llm.prompt_format import TrainOn
+from llm.training.config import ColumnName, DatasetConfig, RowFormat
+from llm.training.prep.dataset import is_text, load_dataset_config
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+_KEY = "source_config"
+# Per format: our name for a column -> its usual name in the data.
+_COLUMNS: dict[str, dict[ColumnName, str]] = {
+    "input_response": {"input": "input", "response": "response", "contexts": "contexts", "system": "system"},
+    "messages": {"messages": "messages", "contexts": "contexts", "system": "system", "tools": "tools"},
+    "sharegpt": {"messages": "conversations", "contexts": "contexts", "system": "system", "tools": "tools"},
+    "alpaca": {"input": "instruction", "response": "output", "contexts": "input", "system": "system"},
+}
+_REQUIRED = ("input", "response", "messages")
+_SHAREGPT_ROLES = dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), "assistant") | {"human": "user"}
+_ONE_MESSAGE = '{"role": "user", "content": "..."}'
+# Where a column that is called otherwise mostly holds the same: for the advice only.
+_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "input": ("question", "prompt", "instruction", "query", "problem", "text", "document"),
+    "response": ("answer", "completion", "output", "target", "solution", "summary", "label"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One source row; `number` counts from 0 in the source.
+
+    `turns` are its questions and answers (`response` None: never answered), `system` takes the place of the prompt's
+    system message. `chat` holds `messages` and `tools` as they stand when they are more than that: tool calls,
+    reasoning, other roles; `turns` are empty then.
+    """
+
+    number: int
+    turns: tuple[Message, ...]
+    system: str = ""
+    chat: Mapping[str, Any] | None = None
+
+    def answered(self, train_on: TrainOn) -> list[Message]:
+        """The turns up to the last answer, each trained or not."""
+        places = [place for place, turn in enumerate(self.turns) if turn.response is not None]
+        turns = self.turns[: places[-1] + 1] if places else ()
+        if train_on == "all":
+            return list(turns)
+        return [replace(turn, is_trained=turn.is_trained and turn is turns[-1]) for turn in turns]
+
+    def first_prompt(self, train_on: TrainOn) -> dict[str, list[Any]]:
+        """`messages`, `contexts` and `tools` before the first answer that is trained, as a request would have them."""
+        system, chat = split_system(self.chat["messages"]) if self.chat else (self.system, _messages_of(self.turns))
+        contexts = self.chat["contexts"] if self.chat else self.turns[-1].contexts
+        end = answer_places(chat, train_on)[0]
+        asked = [place for place, message in enumerate(chat) if message["role"] == "user"]
+        said = [{name: value for name, value in message.items() if name != "weight"} for message in chat[:end]]
+        return {
+            "messages": ([{"role": "system", "content": system}] if system else []) + said,
+            "contexts": list(contexts) if asked and asked[-1] < end else [],
+            "tools": self.chat["tools"] if self.chat else [],
+        }
+
+    @classmethod
+    def of(cls, *, number: int, input: str, response: str, contexts: Sequence[str] = ()) -> "Row":
+        """The row of one question and its answer."""
+        return cls(number=number, turns=(Message(input, response, tuple(contexts)),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set, the format of its rows, and which of its columns holds what (our name -> its name)."""
+
+    dataset: "Dataset"
+    row_format: RowFormat
+    columns: Mapping[ColumnName, str]
+
+
+def load_source(
+    config: DatasetConfig, *, columns: Mapping[ColumnName, str] | None = None, row_format: RowFormat = "auto"
+) -> Source:
+    """The source rows, columns checked; DataError when their columns are not those of `row_format`."""
+    return with_columns(load_dataset_config(config, key=_KEY), columns or {}, row_format)
+
+
+def with_columns(dataset: "Dataset", given: Mapping[ColumnName, str], row_format: RowFormat = "auto") -> Source:
+    """`dataset` and which of its columns holds what: as `given`, else by their usual names in `row_format`."""
+    missing = sorted({*given.values()} - {*dataset.column_names})
+    if missing:
+        raise DataError(
+            f"columns: the rows have no column {quoted(missing)}. {did_you_mean(missing[0], dataset.column_names)}"
+        )
+    chosen = _row_format(dataset, given) if row_format == "auto" else row_format
+    found = {**_COLUMNS[chosen], **given}
+    found = {ours: theirs for ours, theirs in found.items() if ours in _REQUIRED or theirs in dataset.column_names}
+    source = Source(dataset=dataset, row_format=chosen, columns=found)
+    _check_columns(source)
+    if chosen != "input_response":
+        told = ", ".join(f"`{theirs}` is {ours}" for ours, theirs in found.items())
+        logger.info(f"{_KEY}: rows of the format {chosen}: {told}. `row_format` forces another, or refuses this one.")
+    return source
+
+
+def iterate_rows(source: Source, *, batch_size: int) -> Iterator[list[Row]]:
+    """The rows of `source` in order, `batch_size` at a time; DataError at a null, with its row number."""
+    reader = source.dataset.select_columns(list(source.columns.values())).with_format("arrow")
+    start = 0
+    for table in reader.iter(batch_size=batch_size):
+        batch = {ours: table.column(theirs).to_pylist() for ours, theirs in source.columns.items()}
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        yield [_row(start + place, row, source) for place, row in enumerate(rows)]
+        start += table.num_rows
+
+
+def _row_format(dataset: "Dataset", given: Mapping[ColumnName, str]) -> RowFormat:
+    """The format whose columns are there: ours first."""
+    names = {*dataset.column_names}
+    if "messages" in given:
+        return "sharegpt" if _is_sharegpt(dataset, given["messages"]) else "messages"
+    if {"input", "response"} & {*given} or {"input", "response"} <= names:
+        return "input_response"
+    for column in ("messages", "conversations"):
+        if column in names:
+            return "sharegpt" if _is_sharegpt(dataset, column) else "messages"
+    return "alpaca" if {"instruction", "output"} <= names else "input_response"
+
+
+def _is_sharegpt(dataset: "Dataset", column: str) -> bool:
+    first = _objects(dataset.with_format("arrow")[:1][column].to_pylist()[0], f"{_KEY}: row 0", column)
+    return bool(first) and "from" in first[0]
+
+
+def _check_columns(source: Source) -> None:
+    """DataError when a column is missing, or not of text (`contexts`: lists of text; `messages`: lists)."""
+    features = source.dataset.features
+    for ours, theirs in source.columns.items():
+        kind = features.get(theirs)
+        if kind is None:
+            raise DataError(_missing(source, theirs))
+        if ours in ("messages", "tools") or _is_null(kind):
+            continue
+        is_contexts = ours == "contexts" and source.row_format != "alpaca"
+        if not is_text(getattr(kind, "feature", None) if is_contexts else kind):
+            wanted = 'a list of texts in each row, e.g. ["..."]' if is_contexts else "text"
+            raise DataError(
+                f"{_KEY}: column `{theirs}` must be {wanted}{';' if is_contexts else ','} it is {_kind_name(kind)}"
+                f"{_example(source.dataset, theirs)}."
+            )
+
+
+def _missing(source: Source, wanted: str) -> str:
+    names = source.dataset.column_names
+    near = did_you_mean(wanted, names)
+    hint = f"{near} " if near.startswith("Did") else ""
+    guess = {
+        ours: next((name for name in others if name in names), "...")
+        for ours, others in _OTHER_NAMES.items()
+        if ours not in names
+    }
+    mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in guess.items())
+    return (
+        f"{_KEY}: the rows have no column `{wanted}`; they have {quoted(names)}. {hint}"
+        f"Say what the columns are called, e.g. `columns: {{{mapped}}}`, or give rows with `messages`."
+    )
+
+
+def _row(number: int, values: dict[ColumnName, Any], source: Source) -> Row:
+    where = f"{_KEY}: row {number} (counted from 0)"
+    contexts = values.get("contexts") or []
+    contexts = [contexts] if isinstance(contexts, str) else contexts  # Alpaca's input
+    if None in contexts:
+        raise DataError(_null(where, f"contexts[{contexts.index(None)}]"))
+    system = values.get("system") or ""
+    if "messages" in values:
+        chat = {ours: _objects(values.get(ours), where, ours) for ours in ("messages", "tools")}
+        return _conversation(number, _told(chat, where), system, tuple(contexts))
+    for ours in ("input", "response"):
+        if values[ours] is None:
+            raise DataError(_null(where, source.columns[ours]))
+    turn = Message(values["input"], values["response"], tuple(contexts))
+    return Row(number=number, turns=(turn,), system=system)
+
+
+def _null(where: str, name: str) -> str:
+    return (
+        f"{where}: `{name}` is null, or not there. Every row needs an input and a response, and every context a text: "
+        "mend the row or remove it."
+    )
+
+
+def _objects(value: Any, where: str, ours: str) -> list[dict[str, Any]]:
+    """Messages or tools, which csv and some json files hold as text; DataError when they are none."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value or []
+        objects = [_without_nulls(json.loads(one) if isinstance(one, str) else one) for one in found]
+    except (json.JSONDecodeError, TypeError) as error:
+        raise DataError(f"{where}: `{ours}` is neither a list nor the JSON of one ({error}).") from error
+    if not all(isinstance(one, dict) for one in objects):
+        raise DataError(f"{where}: `{ours}` must be a list of mappings, e.g. {_ONE_MESSAGE}; it holds {objects!r:.60}.")
+    return objects
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every message of a column the same keys: those that a message does not have are null."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def _told(chat: dict[str, list[Any]], where: str) -> dict[str, list[Any]]:
+    """The messages as `role` and `content`; DataError for one that has no role, or nothing to say."""
+    messages = []
+    for place, message in enumerate(chat["messages"]):
+        if "from" in message:
+            role = _SHAREGPT_ROLES.get(message["from"], message["from"])
+            message = {"role": role, "content": message.get("value")}
+        if not isinstance(message.get("role"), str):
+            raise DataError(f"{where}: messages[{place}] has no `role` and `content` (or `from` and `value`).")
+        if message.get("content") is None and "tool_calls" not in message:
+            raise DataError(_null(where, f"messages[{place}].content"))
+        messages.append(message)
+    return {"messages": messages, "tools": chat["tools"]}
+
+
+def _conversation(number: int, chat: dict[str, list[Any]], system: str, contexts: tuple[str, ...]) -> Row:
+    """Turns of a system message, questions and answers; anything else stays as it stands."""
+    messages = chat["messages"]
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    said = messages[has_system:]
+    roles = [message["role"] for message in said]
+    is_plain = roles == (["user", "assistant"] * len(roles))[: len(roles)] and all(
+        {*message} <= {"role", "content", "weight"} and isinstance(message["content"], str) for message in messages
+    )
+    if not is_plain or chat["tools"]:
+        messages = messages if has_system or not system else [{"role": "system", "content": system}, *messages]
+        return Row(number=number, turns=(), chat={**chat, "messages": messages, "contexts": list(contexts)})
+    questions, answers = said[::2], said[1::2]
+    turns = [
+        Message(
+            question["content"],
+            answers[place]["content"] if place < len(answers) else None,
+            contexts if place == len(answers) - 1 else (),
+            is_trained=place < len(answers) and answers[place].get("weight") != 0,
+        )
+        for place, question in enumerate(questions)
+    ]
+    return Row(number=number, turns=tuple(turns), system=messages[0]["content"] if has_system else system)
+
+
+def _messages_of(turns: Sequence[Message]) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.input})
+        if turn.response is not None:
+            messages.append({"role": "assistant", "content": turn.response, "weight": int(turn.is_trained)})
+    return messages
+
+
+def _kind_name(feature: Any) -> str:
+    return f"of type {feature.dtype}" if isinstance(getattr(feature, "dtype", None), str) else f"{feature}"
+
+
+def _example(dataset: "Dataset", column: str) -> str:
+    """`: row 3 holds 7`, the first row that shows it."""
+    for number, value in enumerate(dataset[column]):
+        if value is not None:
+            return f": row {number} holds {repr(value)[:60]}"
+    return ""
+
+
+def _is_null(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature)  # a column of nulls, or of empty lists only
+    return getattr(inner, "dtype", None) == "null"
