@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands: `--help` and a config error an
 """
 
 import logging
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,7 @@ def _errors_told(debug: bool) -> Iterator[None]:
     """Known errors as one text without a traceback, and their exit code."""
     from llm.terminal import console
 
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs each error that it raises
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("llm").setLevel(logging.INFO)
     try:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, normalizers
@@ -150,9 +151,12 @@ def load_prompt_tokenizer(base_model: str) -> PromptTokenizer:
     try:
         return PromptTokenizer(AutoTokenizer.from_pretrained(base_model))
     except (OSError, ValueError, KeyError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if Path(base_model).is_dir():
+            names = sorted(path.name for path in Path(base_model).iterdir())
+            reason = f"the folder holds {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}."
         raise ConfigError(
-            f"base_model: no tokenizer at `{base_model}`: {first_line} "
+            f"base_model: no tokenizer at `{base_model}`: {reason} "
             "Give a hub id, or a folder that holds tokenizer.json."
         ) from error
 

@@ -44,7 +44,7 @@ def test_explain_key_of_both_files_explains_both() -> None:
         ),
         ("bnb_4bit_quant_type", ["quantization_config.bnb", "one of `nf4`, `fp4`", '"nf4" with `load_in_4bit`']),
         ("source_config.method", ["source_config.method  (in dataprep.yaml)", "default  load_dataset"]),
-        ("prompt_config", ["default  DefaultPrompt"]),
+        ("prompt_config", ["type     `method` and `kwargs` or `null`"]),
     ],
 )
 def test_explain_any_key_says_what_it_is(key: str, parts: list[str]) -> None:

@@ -1,24 +1,24 @@
 """A YAML file -> a checked config, or one ConfigError that holds every problem of the file.
 
 Takes a path, a schema of `config.py` and the command line's `--set`; gives the config. The file is read by
-`include.py` and `yaml_text.py`, the schema is checked by `schema.py`, the library sections by `library_keys.py`.
+`include.py` and `yaml_text.py`, the schema is checked by `schema.py`, the library sections by `library_keys.py`,
+rules across keys by `cross_key.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
-
 from llm.errors import ConfigError
-from llm.registry import own_package
-from llm.training.config import DataPrepConfig, FinetuneConfig, default_training_arguments
-from llm.training.config_file import include, library_keys
+from llm.training.config import DataPrepConfig, FinetuneConfig
+from llm.training.config_file import cross_key, include, library_keys
 from llm.training.config_file.problem import Place, Problem, problem_text
 from llm.training.config_file.save import path_in_config
 from llm.training.config_file.schema import validate
 from llm.training.config_file.secret import mask_line, secret_problems
 from llm.training.config_file.yaml_text import Document, parse_yaml
 
+logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", DataPrepConfig, FinetuneConfig)
 
 
@@ -37,14 +37,16 @@ def load_config(
         _override(document, override)
     _allow_code(document, allow_code)
     config, problems = validate(document.data, schema)
-    problems = document.problems + problems + list(_code_problems(document.data, schema))
+    problems = document.problems + problems + list(cross_key.code_problems(document.data, schema))
     if schema is FinetuneConfig:
-        problems += _library_problems(document.data) + list(_cross_key_problems(document.data))
+        problems += _library_problems(document.data) + list(cross_key.finetune_problems(document.data))
     secrets = [Problem(path=at, text=text) for at, text in secret_problems(document.data)]
     secret_paths = {secret.path for secret in secrets}
     problems = secrets + [problem for problem in problems if problem.path not in secret_paths]
     if config is None or problems:
         raise ConfigError(_message(document, [_without_environment(problem, document) for problem in problems]))
+    for problem in cross_key.doubts(document.data):
+        logger.warning("%s", problem_text(problem, document.place(problem.path)))
     plain = config.model_dump()
     config.environment.update({path_in_config(at, plain): text for at, text in document.environment.items()})
     return config
@@ -113,80 +115,9 @@ def _allow_code(document: Document, packages: Sequence[str]) -> None:
         document.places.setdefault(("allow_code",), Place(where="--allow-code", line=" ".join(packages)))
 
 
-# --- code, the sections of the libraries, and rules across keys -------------------------------------------------
-
-
-def _code_problems(data: Mapping[str, Any], schema: type[BaseModel]) -> Iterator[Problem]:
-    """Each `module::name` of a package that `allow_code` does not name."""
-    allowed = data.get("allow_code", [])
-    allowed = [allowed] if isinstance(allowed, str) else allowed
-    for key in schema.model_fields:
-        method = _section(data, key).get("method")
-        package = own_package(method) if isinstance(method, str) and key != "experiment_tracking_config" else None
-        if package and not (isinstance(allowed, list) and package in allowed):
-            text = (
-                f"`{method}` is code of the package `{package}`, which `allow_code` does not name. If you trust it, "
-                f"write `allow_code: [{package}]` into this file, or `--allow-code {package}` on the command line."
-            )
-            yield Problem(path=(key, "method"), text=text)
-
-
 def _library_problems(data: Mapping[str, Any]) -> list[Problem]:
     return [
         Problem(path=(section, key), text=text)
         for section in library_keys.SECTIONS
-        for key, text in library_keys.problems_of(section, _section(data, section))
+        for key, text in library_keys.problems_of(section, cross_key.section_of(data, section))
     ]
-
-
-def _section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = data.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _cross_key_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
-    """Rules that no schema sees, since they join a library's keys to ours."""
-    yield from _eval_problems(data)
-    yield from _best_model_problems(data)
-    quantization = _section(data, "quantization_config")
-    bits = [key for key in ("load_in_4bit", "load_in_8bit") if quantization.get(key, data.get(key)) is True]
-    if data.get("quantization_config") is not None and not bits:
-        text = "`quantization_config` says how to quantize, not to how many bits. Add `load_in_4bit: true`."
-        yield Problem(path=("quantization_config",), text=text)
-    if len(bits) == 2 and not all(data.get(key) is True for key in bits):  # that case is the schema's
-        text = "`load_in_4bit` and `load_in_8bit` exclude each other, here and one level up. Keep one."
-        key = next(key for key in bits if key in quantization)
-        yield Problem(path=("quantization_config", key), text=text)
-
-
-def _eval_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
-    training = _section(data, "training_arguments")
-    if data.get("eval_dataset_config") is not None:
-        return
-    for key in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
-        value = training.get(key)
-        if value is True or (key == "eval_strategy" and value in ("steps", "epoch")):
-            text = f"`{key}` needs blocks to evaluate. Add `eval_dataset_config`, or delete `{key}`."
-            yield Problem(path=("training_arguments", key), text=text)
-
-
-def _best_model_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
-    """`load_best_model_at_end` compares evaluations at checkpoints: both must fall on the same steps."""
-    given = _section(data, "training_arguments")
-    if given.get("load_best_model_at_end") is not True or data.get("eval_dataset_config") is None:
-        return
-    training = default_training_arguments(has_eval_dataset=True) | given
-    save, evaluate = training["save_strategy"], training["eval_strategy"]
-    save_steps, eval_steps = training["save_steps"], training["eval_steps"]
-    text = ""
-    if save not in ("best", evaluate):
-        text = f"the same `save_strategy` and `eval_strategy`, not `{save}` and `{evaluate}`"
-    elif save == "steps" and _are_integers(save_steps, eval_steps) and save_steps % eval_steps:
-        text = f"`save_steps` ({save_steps}) to be a multiple of `eval_steps` ({eval_steps})"
-    if text:
-        path = ("training_arguments", "load_best_model_at_end")
-        yield Problem(path=path, text=f"`load_best_model_at_end` needs {text}.")
-
-
-def _are_integers(*values: Any) -> bool:
-    return all(type(value) is int and value > 0 for value in values)

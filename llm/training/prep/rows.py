@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from llm.chat_template import answer_places, split_system
 from llm.errors import DataError, did_you_mean, quoted
 from llm.prompt import Message
@@ -123,10 +125,24 @@ def iterate_rows(source: Source, *, batch_size: int) -> Iterator[list[Row]]:
     reader = source.dataset.select_columns(list(source.columns.values())).with_format("arrow")
     start = 0
     for table in reader.iter(batch_size=batch_size):
-        batch = {ours: table.column(theirs).to_pylist() for ours, theirs in source.columns.items()}
+        batch = {ours: _values(table, theirs, start) for ours, theirs in source.columns.items()}
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         yield [_row(start + place, row, source) for place, row in enumerate(rows)]
         start += table.num_rows
+
+
+def _values(table: pa.Table, column: str, start: int) -> list[Any]:
+    """A column's values; DataError for a row that is not UTF-8, which the readers of JSON let through."""
+    try:
+        return list(table.column(column).to_pylist())
+    except UnicodeDecodeError as error:
+        for place, value in enumerate(table.column(column)):
+            try:
+                value.as_py()
+            except UnicodeDecodeError:
+                row = f"{_KEY}: row {start + place} (counted from 0)"
+                raise DataError(f"{row}: `{column}` is not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
+        raise
 
 
 def _row_format(dataset: "Dataset", given: Mapping[ColumnName, str]) -> RowFormat:

@@ -81,6 +81,18 @@ def resolve_precision(config: FinetuneConfig) -> Precision:
     return Precision(weights=fast, autocast=autocast, reason=reason)
 
 
+def warn_of_slow_autocast(config: FinetuneConfig) -> None:
+    """Says so when `training_arguments` ask for bfloat16 where the processor is slow in it."""
+    is_cuda = torch.cuda.is_available() and not config.training_arguments.get("use_cpu")
+    fast, reason = _fast_dtype(is_cuda=is_cuda)
+    if config.training_arguments.get("bf16") is True and fast is not torch.bfloat16:
+        logger.warning(
+            "training_arguments.bf16: %s, so bfloat16 is emulated, up to 25 times slower than float32. Leave "
+            "`bf16` out: the fast type is taken.",
+            reason,
+        )
+
+
 def _asked_precision(config: FinetuneConfig, *, is_cuda: bool, fast: torch.dtype) -> Precision:
     weights: torch.dtype = getattr(torch, config.torch_dtype)
     if weights is torch.float16 and not is_cuda:
