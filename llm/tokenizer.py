@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, normalizers
 
-from llm.errors import ConfigError
+from llm.errors import ConfigError, loading_reason
 from llm.model_registry import check_is_reachable
 
 if TYPE_CHECKING:
@@ -149,10 +149,10 @@ def load_prompt_tokenizer(base_model: str) -> PromptTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return PromptTokenizer(AutoTokenizer.from_pretrained(base_model))
+        return PromptTokenizer(AutoTokenizer.from_pretrained(base_model, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if Path(base_model).is_dir():
+        reason = loading_reason(error).splitlines()[0]
+        if Path(base_model).is_dir() and "code" not in reason:
             names = sorted(path.name for path in Path(base_model).iterdir())
             reason = f"the folder holds {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}."
         raise ConfigError(

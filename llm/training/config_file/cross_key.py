@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from llm.errors import did_you_mean
 from llm.registry import own_package
 from llm.training.config import KeyPath, default_training_arguments
-from llm.training.config_file.problem import Problem
+from llm.training.config_file.problem import NO_REMOTE_CODE, Problem
 from llm.training.tune.tracking import TRACKERS
 
 HIGHEST_USUAL_RATE = 1e-2  # ten times what LoRA mostly takes: above, the loss mostly becomes infinite
@@ -34,10 +34,12 @@ def doubts(data: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def code_problems(data: Mapping[str, Any], schema: type[BaseModel]) -> Iterator[Problem]:
-    """Each `module::name` of a package that `allow_code` does not name."""
+    """Each wish for code that comes with data, and each `module::name` of a package that `allow_code` does not name."""
     allowed = data.get("allow_code", [])
     allowed = [allowed] if isinstance(allowed, str) else allowed
     for key in schema.model_fields:
+        if section_of(section_of(data, key), "kwargs").get("trust_remote_code"):
+            yield Problem(path=(key, "kwargs", "trust_remote_code"), text=NO_REMOTE_CODE)
         method = section_of(data, key).get("method")
         package = own_package(method) if isinstance(method, str) and key != "experiment_tracking_config" else None
         if package and not (isinstance(allowed, list) and package in allowed):

@@ -10,6 +10,8 @@ from typing import Any
 from llm.training.config import KeyPath
 from llm.training.config_file.secret import mask_line, mask_secrets
 
+NO_REMOTE_CODE = "Code that comes with a model or a data set is never run: delete `trust_remote_code`."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:

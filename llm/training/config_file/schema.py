@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from llm.errors import did_you_mean
 from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig, KeyPath, MethodConfig
 from llm.training.config_file import library_keys
-from llm.training.config_file.problem import Problem, describe, wrong_type
+from llm.training.config_file.problem import NO_REMOTE_CODE, Problem, describe, wrong_type
 
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
 
@@ -121,6 +121,8 @@ def _unknown_text(path: KeyPath, model: type[BaseModel]) -> str:
 
 def _place_of_unknown(key: str, model: type[BaseModel]) -> str:
     """Where a key belongs that is right elsewhere; empty when it is known nowhere."""
+    if key == "trust_remote_code":
+        return NO_REMOTE_CODE
     if name := next((name for name in OTHER_NAMES.get(key, ()) if name in model.model_fields), None):
         return f"Here it is called `{name}`."
     if model is FinetuneConfig:

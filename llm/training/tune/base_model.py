@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from llm.errors import ConfigError
+from llm.errors import ConfigError, loading_reason
 from llm.model_registry import check_is_reachable
 from llm.training.config import FinetuneConfig
 from llm.training.tune.attention import NODE_ATTENTION
@@ -134,7 +134,7 @@ def _loading_errors(base_model: str) -> Iterator[None]:
     # transformers raises these for each: unknown id, no network, odd files
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"base_model: `{base_model}` cannot be loaded: {str(error).strip()}\nWrite a hub id that this "
+            f"base_model: `{base_model}` cannot be loaded: {loading_reason(error)}\nWrite a hub id that this "
             "machine can "
             "reach (a private one needs `hf auth login`), or the path of a folder that holds the model."
         ) from error
