@@ -27,17 +27,24 @@ AllowCode = Annotated[
     typer.Option("--allow-code", metavar="PACKAGE", help="Let `method: PACKAGE.module::name` run code."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also say what the libraries log.")]
 
 
 @app.command()
 def dataprep(
-    config: ConfigPath, overrides: Overrides = None, allow_code: AllowCode = None, debug: Debug = False
+    config: ConfigPath,
+    overrides: Overrides = None,
+    allow_code: AllowCode = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
 ) -> None:
     """Turn rows into packed blocks of tokens and labels."""
     from llm.training.config import DataPrepConfig
     from llm.training.config_file import load_config
 
-    with _errors_told(debug):
+    with _errors_told(debug, quiet=quiet, verbose=verbose):
         settings = load_config(config, DataPrepConfig, overrides=overrides or [], allow_code=allow_code or [])
         from llm.training.dataprep import prepare
 
@@ -46,13 +53,18 @@ def dataprep(
 
 @app.command()
 def finetune(
-    config: ConfigPath, overrides: Overrides = None, allow_code: AllowCode = None, debug: Debug = False
+    config: ConfigPath,
+    overrides: Overrides = None,
+    allow_code: AllowCode = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
 ) -> None:
     """Tune a model on packed blocks."""
     from llm.training.config import FinetuneConfig
     from llm.training.config_file import load_config
 
-    with _errors_told(debug):
+    with _errors_told(debug, quiet=quiet, verbose=verbose):
         settings = load_config(config, FinetuneConfig, overrides=overrides or [], allow_code=allow_code or [])
         from llm.training.finetune import finetune as tune
 
@@ -84,16 +96,20 @@ def explain(
 
 
 @contextmanager
-def _errors_told(debug: bool) -> Iterator[None]:
-    """Known errors as one text without a traceback, and their exit code."""
+def _errors_told(debug: bool, *, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+    """Known errors as one text without a traceback, and their exit code; how much else is said."""
     from llm.terminal import console
 
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs each error that it raises
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("llm").setLevel(logging.INFO)
+    if not verbose:
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs each error that it raises
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger().setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("llm").setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    console.quiet = quiet
     try:
         yield
     except LlmTrainError as error:
+        console.quiet = False
         if debug:
             traceback.print_exception(error)
         console.print("error:", style="bold red", end=" ")
@@ -102,6 +118,8 @@ def _errors_told(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         console.print("stopped by Ctrl-C; nothing half-written is left")
         raise typer.Exit(130) from error
+    finally:
+        console.quiet = False
 
 
 def main() -> None:
