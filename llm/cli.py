@@ -72,6 +72,21 @@ def finetune(
 
 
 @app.command()
+def init(
+    rows: Annotated[str, typer.Argument(metavar="ROWS", help="File, folder or s3:// URL of the rows.")],
+    base_model: Annotated[str, typer.Option("--base-model", metavar="MODEL", help="Hub id or folder.")],
+    folder: Annotated[str, typer.Option("--folder", help="Where the two files go.")] = ".",
+    debug: Debug = False,
+) -> None:
+    """Write dataprep.yaml and finetune.yaml, with comments, for your rows and your model."""
+    with _errors_told(debug):
+        from llm.training.starter import write_starter
+
+        for path in write_starter(rows, base_model, folder):
+            typer.echo(path)
+
+
+@app.command()
 def schema(
     script: Annotated[str, typer.Argument(metavar="dataprep|finetune", help="Whose YAML file.")], debug: Debug = False
 ) -> None:

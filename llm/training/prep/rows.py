@@ -39,7 +39,7 @@ _REQUIRED = ("input", "response", "messages")
 _SHAREGPT_ROLES = dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), "assistant") | {"human": "user"}
 _ONE_MESSAGE = '{"role": "user", "content": "..."}'
 # Where a column that is called otherwise mostly holds the same: for the advice only.
-_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+_OTHER_NAMES: dict[ColumnName, tuple[str, ...]] = {
     "input": ("question", "prompt", "instruction", "query", "problem", "text", "document"),
     "response": ("answer", "completion", "output", "target", "solution", "summary", "label"),
 }
@@ -145,6 +145,16 @@ def _values(table: pa.Table, column: str, start: int) -> list[Any]:
         raise
 
 
+def guess_columns(names: Sequence[str]) -> dict[ColumnName, str]:
+    """Columns that most likely hold `input` and `response` under other names; none for what has its own name."""
+    found: dict[ColumnName, str] = {}
+    for ours, others in _OTHER_NAMES.items():
+        near = [name for name in others if name in names]
+        if ours not in names and near:
+            found[ours] = near[0]
+    return found
+
+
 def _row_format(dataset: "Dataset", given: Mapping[ColumnName, str]) -> RowFormat:
     """The format whose columns are there: ours first."""
     names = {*dataset.column_names}
@@ -185,11 +195,7 @@ def _missing(source: Source, wanted: str) -> str:
     names = source.dataset.column_names
     near = did_you_mean(wanted, names)
     hint = f"{near} " if near.startswith("Did") else ""
-    guess = {
-        ours: next((name for name in others if name in names), "...")
-        for ours, others in _OTHER_NAMES.items()
-        if ours not in names
-    }
+    guess = {ours: guess_columns(names).get(ours, "...") for ours in _OTHER_NAMES if ours not in names}
     mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in guess.items())
     return (
         f"{_KEY}: the rows have no column `{wanted}`; they have {quoted(names)}. {hint}"
