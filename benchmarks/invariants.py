@@ -8,10 +8,13 @@ oracle is not our code: ids come from the bare `transformers` tokenizer, texts f
     I1  ids before the first label = the tokenizer's ids of the prompt text
     I2  decoded ids = the rendered text, composed (NFC) where the tokenizer composes; where it gives no text
         back: the decoded prompt begins the decoded whole
-    I3  the labels are exactly the response and its stop token, which is the last id
-    I4  one range of labels: few-shot examples and contexts have none
+    I3  every range of labels ends with the stop token, the last one at the last id
+    I4  the ranges of labels decode to the answers to be trained: few-shot examples, contexts and other turns have none
     I5  as many control tokens as the same row has without control-token text
     serve  `apply_chat_template` with the serving template = the ids before the first label
+    later  the same for the whole conversation before its last answer, where no other answer is trained. Where all are,
+        an earlier one that would merge with its prompt stands there as it was generated, not as inference tokenizes it
+        later (`merged`): no sequence has it both ways
     kept  no row is dropped for its boundary or its characters where the tokenizer gives its whole text back
 """
 
@@ -23,13 +26,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llm.chat_template import ChatTemplateFormat
 from llm.errors import ConfigError, DataError
-from llm.prompt import FewShotQA, Prompt, StandaloneQuestion
+from llm.prompt import FewShotQA, Message, Prompt, StandaloneQuestion
 from llm.prompt_format import PromptFormat
 from llm.prompt_registry import PROMPT_FORMATS
 from llm.registry import resolve_method
@@ -39,7 +41,7 @@ from llm.training.prep.encode import Dropped, Encoder, Example
 from llm.training.prep.rows import Row
 
 QUICKSTART_MODEL = ".cache/SmolLM2-135M-Instruct"
-CHECKS = ("I1", "I2", "I3", "I4", "I5", "serve", "kept")
+CHECKS = ("I1", "I2", "I3", "I4", "I5", "serve", "later", "kept")
 PROMPTS = (
     Prompt(),
     Prompt(system_message="Be {brief}.", input_template="Q: {text} ", response_template="A: {text}"),
@@ -75,7 +77,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    num_wrong = 0
+    num_wrong = num_merged = 0
     print(f"{'tokenizer':<18} {'format':<22} {'rows':>5} {'dropped':>8}", *(f"{c:>5}" for c in CHECKS))
     for folder in given.folders:
         bare = AutoTokenizer.from_pretrained(folder)
@@ -83,6 +85,7 @@ def main() -> None:
         for name, prompt_format in formats.items():
             maker = random.Random(f"{given.seed} {name}")
             tally = tried(bare, prompt_format, maker, num_rows=-(-given.rows // len(formats)))
+            num_merged += tally.wrong.pop("merged", 0)
             num_wrong += tally.wrong.total()
             counts = (f"{tally.wrong[check]:>5}" for check in CHECKS)
             dropped = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.items())
@@ -92,7 +95,7 @@ def main() -> None:
                 dropped,
                 flush=True,
             )
-    print(f"{num_wrong} violations")
+    print(f"{num_wrong} violations; {num_merged} conversations merged")
     raise SystemExit(num_wrong > 0)
 
 
@@ -119,6 +122,7 @@ def tried(bare: PreTrainedTokenizerBase, prompt_format: AnyFormat, maker: random
     ]
     for number in range(num_rows):
         encoder = encoders[number % len(encoders)]
+        encoder = replace(encoder, train_on="last") if number % 3 == 0 else encoder
         row = random_row(maker, number, list(tokenizer.control_tokens))
         tally.rows += 1
         try:
@@ -136,45 +140,65 @@ def tried(bare: PreTrainedTokenizerBase, prompt_format: AnyFormat, maker: random
 
 def violations(row: Row, example: Example, encoder: Encoder, bare: PreTrainedTokenizerBase) -> Iterator[str]:
     """The names of the checks that `example` fails."""
-    (turn,) = row.turns
-    segments = encoder.prompt.segments([turn], encoder.prompt_format)
-    prompt, response = segments[0].text, segments[1].text
-    ids, (start, end) = example.input_ids, example.trained[0]
+    turns = row.answered(encoder.train_on)
+    segments = encoder.prompt.segments(turns, encoder.prompt_format)
+    texts = [text for turn in turns for text in (*turn.contexts, turn.input, turn.response or "")]
+    ids, (start, _) = example.input_ids, example.trained[0]
     controls = encoder.tokenizer.control_tokens
-    has_control_text = any(token in text for token in controls for text in (*turn.contexts, turn.input, turn.response))
+    has_control_text = any(token in text for token in controls for text in texts)
     if has_control_text != example.has_control_text or num_controls(ids, encoder) != num_marks(row, encoder):
         yield "I5"
-    if not has_control_text and ids[:start] != bare(prompt, add_special_tokens=False)["input_ids"]:
+    if not has_control_text and ids[:start] != bare(segments[0].text, add_special_tokens=False)["input_ids"]:
         yield "I1"
-    if not has_control_text and ids[:start] != served_ids(row, encoder, bare):
+    places = [place for place, turn in enumerate(turns) if turn.is_trained]
+    if not has_control_text and ids[:start] != served_ids(turns[: places[0] + 1], encoder, bare):
         yield "serve"
-    whole, opening = (str(bare.decode(part, clean_up_tokenization_spaces=False)) for part in (ids, ids[:start]))
+    if not has_control_text and ids[: example.trained[-1][0]] != served_ids(turns, encoder, bare):
+        yield "later" if encoder.train_on == "last" else "merged"
+    whole, opening, *answers = (
+        str(bare.decode(part, clean_up_tokenization_spaces=False))
+        for part in (ids, ids[:start], *(ids[slice(*span)] for span in example.trained))
+    )
     if encoder.tokenizer.is_lossless:
-        if [whole, opening] != [spelled(prompt + response, bare), spelled(prompt, bare)]:
+        rendered = "".join(segment.text for segment in segments)
+        if [whole, opening] != [spelled(rendered, bare), spelled(segments[0].text, bare)]:
             yield "I2"
     elif not whole.startswith(opening):
         yield "I2"
-    if end != len(ids) or ids[-1] != controls[encoder.prompt_format.stop] or not start < end - 1:
+    stop = controls[encoder.prompt_format.stop]
+    ends = [end for start, end in example.trained if start < end - 1 and ids[end - 1] == stop]
+    if len(ends) != len(example.trained) or ends[-1] != len(ids):
         yield "I3"
-    if len(example.trained) != 1:
+    trained = [spelled(segment.text, bare) for segment in segments if segment.is_trained]
+    if len(answers) != len(places) or (encoder.tokenizer.is_lossless and not same_ends(answers, trained)):
         yield "I4"
+
+
+def same_ends(answers: list[str], trained: list[str]) -> bool:
+    """Whether each answer is that text; SentencePiece takes a space off its beginning when it is decoded alone."""
+    pairs = zip(answers, trained, strict=True)
+    return all(text.endswith(answer) and len(text) - len(answer) <= 1 for answer, text in pairs)
 
 
 def gives_back(row: Row, encoder: Encoder, bare: PreTrainedTokenizerBase) -> bool:
     """Whether the bare tokenizer gives the rendered text of `row` back."""
-    text = encoder.prompt.render([row.turns[0]], encoder.prompt_format)
+    text = encoder.prompt.render(row.answered("all"), encoder.prompt_format)
     ids = bare(text, add_special_tokens=False)["input_ids"]
     return bare.decode(ids, clean_up_tokenization_spaces=False) == spelled(text, bare)
 
 
-def served_ids(row: Row, encoder: Encoder, bare: PreTrainedTokenizerBase) -> list[int]:
-    """What inference sees of `row`, with the exported template."""
-    documents = [{"text": text} for text in row.turns[0].contexts] or None
+def served_ids(turns: list[Message], encoder: Encoder, bare: PreTrainedTokenizerBase) -> list[int]:
+    """What inference sees before the last answer of `turns`, with the exported template."""
+    messages = [
+        message
+        for turn in turns
+        for message in ({"role": "user", "content": turn.input}, {"role": "assistant", "content": turn.response})
+    ]
     return list(
         bare.apply_chat_template(
-            [{"role": "user", "content": row.turns[0].input}],
+            messages[:-1],
             chat_template=serving_template(encoder.prompt, encoder.prompt_format),
-            documents=documents,
+            documents=[{"text": text} for text in turns[-1].contexts] or None,
             add_generation_prompt=True,
             return_dict=False,
         )
@@ -193,24 +217,23 @@ def num_controls(ids: list[int], encoder: Encoder) -> int:
     return sum(number in controls for number in ids)
 
 
-def with_turn(row: Row, **changes: Any) -> Row:
-    return replace(row, turns=(replace(row.turns[0], **changes),))
-
-
 def num_marks(row: Row, encoder: Encoder) -> int:
     """The control tokens of the prompt format around `row`."""
-    plain = with_turn(row, input="x", response="x", contexts=("x",) * len(row.turns[0].contexts))
-    [example] = encoder.encode([plain])
+    turns = tuple(replace(turn, input="x", response="x", contexts=("x",) * len(turn.contexts)) for turn in row.turns)
+    [example] = encoder.encode([replace(row, turns=turns)])
     assert isinstance(example, Example)
     return num_controls(example.input_ids, encoder)
 
 
 def random_row(maker: random.Random, number: int, control_tokens: list[str]) -> Row:
-    """A row of 0 to 3 contexts, most texts short; one in eight holds control-token text."""
+    """One turn with 0 to 3 contexts, in three rows of ten two or three turns; one in eight holds control-token text."""
     controls = control_tokens if maker.random() < 0.125 else []
+    turns = [
+        Message(random_text(maker, 20_000, controls), random_text(maker, 20_000, controls))
+        for _ in range(maker.choice((1,) * 7 + (2, 2, 3)))
+    ]
     contexts = tuple(random_text(maker, 2000, controls) for _ in range(maker.choice((0, 0, 1, 3))))
-    texts = (random_text(maker, 20_000, controls) for _ in range(2))
-    return Row.of(number=number, input=next(texts), response=next(texts), contexts=contexts)
+    return Row(number=number, turns=(*turns[:-1], replace(turns[-1], contexts=contexts)))
 
 
 def random_text(maker: random.Random, longest: int, controls: list[str]) -> str:

@@ -9,11 +9,14 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm.errors import LlmTrainError
+from llm.errors import ConfigError, LlmTrainError
+
+if TYPE_CHECKING:
+    from llm.training.config import DataPrepConfig
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
 
@@ -69,6 +72,69 @@ def finetune(
         from llm.training.finetune import finetune as tune
 
         tune(settings)
+
+
+@app.command()
+def inspect(  # noqa: PLR0913  (each is an argument of the command line)
+    target: Annotated[
+        str, typer.Argument(metavar="DATASET|DATAPREP.YAML", help="A prepared data set; or rows before preparing.")
+    ],
+    num_shown: Annotated[int, typer.Option("--rows", min=1, help="How many blocks (of a YAML: rows) to show.")] = 3,
+    first: Annotated[int, typer.Option(min=0, help="The first to show, counted from 0.")] = 0,
+    has_ids: Annotated[bool, typer.Option("--ids", help="Show each token's id below it.")] = False,
+    max_tokens: Annotated[
+        int, typer.Option("--tokens", min=0, help="Most tokens to show of a prompt or response; 0: all.")
+    ] = 200,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the tokenizer; default: that of the manifest.")
+    ] = None,
+    overrides: Overrides = None,
+    allow_code: AllowCode = None,
+    debug: Debug = False,
+) -> None:
+    """Show rows as tokens: prompt, trained, stop token, padding."""
+    with _errors_told(debug):
+        config = _row_config(target, base_model, overrides or [], allow_code or [])
+        from llm.training.prep.preview import block_views, row_views
+        from llm.training.prep.token_view import print_views
+
+        if config:
+            views = row_views(config, first=first, num_rows=num_shown)
+        else:
+            views = block_views(target, first=first, num_blocks=num_shown, base_model=base_model)
+        print_views(views, has_ids=has_ids, max_tokens=max_tokens)
+
+
+def _row_config(
+    target: str, base_model: str | None, overrides: list[str], allow_code: list[str]
+) -> "DataPrepConfig | None":
+    """The config where `target` is one; None where it is a prepared data set."""
+    from llm.training.config import DataPrepConfig
+    from llm.training.config_file import load_config
+
+    if target.endswith((".yaml", ".yml")):
+        if base_model is not None:
+            raise ConfigError(f"--base-model: `{target}` names its own. Write --set base_model={base_model}.")
+        return load_config(target, DataPrepConfig, overrides=overrides, allow_code=allow_code)
+    if overrides:
+        raise ConfigError(f"--set {overrides[0]}: `{target}` is a data set, which has no keys. Give a .yaml file.")
+    return None
+
+
+@app.command()
+def merge(
+    final_output: Annotated[str, typer.Argument(metavar="FINAL_OUTPUT", help="The folder of a trained adapter.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder to write; it must not exist.")],
+    base_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where the base model is now; default: where training found it.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Put a trained adapter into its base model: one whole model, as servers read it."""
+    with _errors_told(debug):
+        from llm.training.tune.merge import merge_adapter
+
+        merge_adapter(final_output, target, base_model=base_model)
 
 
 @app.command()

@@ -50,7 +50,8 @@ def test_set_wins_over_the_file(config: str, monkeypatch: pytest.MonkeyPatch) ->
     assert found == [77]
 
 
-def test_config_error_and_help_load_nothing_heavy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["dataprep", "inspect"])
+def test_config_error_and_help_load_nothing_heavy(name: str, tmp_path: Path) -> None:
     (tmp_path / "dataprep.yaml").write_text(GOOD + "chunk_size: 9\n")
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom llm.cli import app\n"
@@ -58,7 +59,7 @@ def test_config_error_and_help_load_nothing_heavy(tmp_path: Path) -> None:
         "print([r.exit_code for r in results], 'chunksize' in results[0].output)\n"
         "print([n for n in ('torch', 'transformers', 'datasets', 'pyarrow', 'pandas') if n in sys.modules])\n"
     )
-    command = [sys.executable, "-c", code, "dataprep", str(tmp_path / "dataprep.yaml")]
+    command = [sys.executable, "-c", code, name, str(tmp_path / "dataprep.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[2, 0] True", "[]"]
 

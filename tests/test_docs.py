@@ -16,6 +16,7 @@ from llm.training.config_file import load_config
 from llm.training.config_file.key_table import with_key_tables
 from llm.training.prep.blocks import Padding, iterate_blocks
 from llm.training.prep.pack import pack_examples
+from llm.training.prep.token_view import legend
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,6 +83,14 @@ def test_journey_of_the_readme_is_that_of_the_first_row() -> None:
     )
     journey = README.split("<!-- journey -->")[1].split("<!-- end journey -->")[0]
     assert f"```\n{prompt.text}\n```" in journey and f"```\n{response.text}\n```" in journey
+
+
+def test_inspected_row_of_the_readme_is_in_todays_form() -> None:
+    lines = README.split("<!-- inspect -->\n```\n")[1].split("\n```")[0].splitlines()
+    assert lines[0] == legend().plain and lines[1] == "Row 0: 140 tokens, 41 trained"
+    shown = [line[11:].split("│") for line in lines[2:] if line[:8].strip() in ("", "prompt", "trained", "stop")]
+    left_out = [int(cells[0].split()[1]) for cells in shown if "left out" in cells[0]]
+    assert sum(len(cells) for cells in shown if "left out" not in cells[0] and cells != [""]) + sum(left_out) == 140
 
 
 def test_readme_commands_name_files_that_exist() -> None:

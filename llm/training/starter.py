@@ -12,7 +12,7 @@ from typing import Any
 
 from llm.errors import ConfigError, DataError
 from llm.model_registry import check_is_reachable, find_model
-from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig
+from llm.training.config import ColumnName, DataPrepConfig, DatasetConfig, FinetuneConfig
 from llm.training.config_file import load_config
 from llm.training.prep.dataset import check_source, load_dataset_config
 from llm.training.prep.encode import Example
@@ -71,7 +71,7 @@ class _Found:
     """What was seen of the rows: a sentence, the `columns` that they need, and their tokens (None: not measured)."""
 
     columns_text: str
-    columns: dict[str, str]
+    columns: dict[ColumnName, str]
     longest: int | None
 
 
@@ -108,8 +108,8 @@ def _look_at(rows: str, base_model: str) -> _Found:
     try:
         source, columns = with_columns(dataset, {}), {}
     except DataError:  # other names: a guess, or the error that says what to write
-        columns = dict(guess_columns(dataset.column_names))
-        source = with_columns(dataset, columns)  # type: ignore[arg-type]
+        columns = guess_columns(dataset.column_names)
+        source = with_columns(dataset, columns)
     text = f"{len(dataset):,} rows with the columns {names}; read as {source.row_format}."
     return _Found(columns_text=text, columns=columns, longest=_longest(source, rows, base_model))
 

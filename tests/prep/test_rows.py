@@ -124,7 +124,7 @@ def test_row_format_is_found_by_the_columns_and_said(name: str, caplog: pytest.L
     row, expected = FORMATS[name]
     caplog.set_level(logging.INFO, logger="llm")
     assert read([row]) == [expected]
-    assert f"source_config: rows of the format {name}: `{next(iter(row))}` is " in caplog.text
+    assert f"source_config: read as {name} (`{next(iter(row))}` -> " in caplog.text
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_helpers import running_process, tiny_model, tiny_tokenizer, weights_digest
+import torch
+from fault_helpers import VOCABULARY, running_process, tiny_model, tiny_tokenizer, weights_digest
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -159,6 +160,30 @@ def test_run_record_holds_config_data_and_versions(tmp_path: Path) -> None:
 def test_readme_has_no_placeholders(tmp_path: Path) -> None:
     text = (export(tmp_path) / "README.md").read_text()
     assert "More Information Needed" not in text and "org/base" in text and len(text.splitlines()) < 20
+
+
+@pytest.mark.parametrize("is_lora", [True, False], ids=["adapter", "whole"])
+def test_model_loaded_as_the_readme_says_stops_at_the_trained_token(is_lora: bool, tmp_path: Path) -> None:
+    tiny_model(is_lora=False).save_pretrained(tmp_path / "base")  # it stops at token 2 only
+    model = tiny_model(is_lora=is_lora)
+    path = export_model(
+        model,
+        tiny_tokenizer(TEMPLATE),
+        manifest(),
+        local_output=str(tmp_path),
+        base_model=str(tmp_path / "base"),
+        run={},
+    )
+    loading = (Path(path) / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"this_folder": path}
+    exec(loading, names)
+    assert names["tokenizer"].chat_template == TEMPLATE
+    assert names["model"].generation_config.eos_token_id == [3, 2]
+    forced = torch.full((1, VOCABULARY), -1e9).index_fill(1, torch.tensor([3]), 0.0)  # as if it answered "stop"
+    output = names["model"].generate(
+        input_ids=torch.tensor([[5, 6]]), max_new_tokens=5, logits_processor=[lambda ids, scores: forced]
+    )
+    assert output.tolist() == [[5, 6, 3]]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])

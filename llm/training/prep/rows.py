@@ -115,8 +115,8 @@ def with_columns(dataset: "Dataset", given: Mapping[ColumnName, str], row_format
     source = Source(dataset=dataset, row_format=chosen, columns=found)
     _check_columns(source)
     if chosen != "input_response":
-        told = ", ".join(f"`{theirs}` is {ours}" for ours, theirs in found.items())
-        logger.info(f"{_KEY}: rows of the format {chosen}: {told}. `row_format` forces another, or refuses this one.")
+        told = ", ".join(f"`{theirs}` -> {ours}" for ours, theirs in found.items())
+        logger.info(f"{_KEY}: read as {chosen} ({told}); `row_format` forces another, or refuses this one.")
     return source
 
 

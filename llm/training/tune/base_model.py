@@ -39,7 +39,7 @@ def load_base_model(config: FinetuneConfig) -> PreTrainedModel:
     quantization = quantization_config(config)
     logger.info("base_model %s: %s weights; %s", config.base_model, precision.weights, precision.reason)
     disable_progress_bar()  # it fills the terminal for half a second of loading
-    with _loading_errors(config.base_model):
+    with loading_errors(config.base_model):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             config.base_model,
             dtype=precision.weights,
@@ -55,7 +55,7 @@ def load_base_model(config: FinetuneConfig) -> PreTrainedModel:
 
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `base_model`; ConfigError when it cannot be loaded."""
-    with _loading_errors(base_model):
+    with loading_errors(base_model):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
         return tokenizer
 
@@ -126,7 +126,7 @@ def _fast_dtype(*, is_cuda: bool) -> tuple[torch.dtype, str]:
 
 
 @contextmanager
-def _loading_errors(base_model: str) -> Iterator[None]:
+def loading_errors(base_model: str) -> Iterator[None]:
     """Turns what loading from a folder or the hub raises into a ConfigError."""
     check_is_reachable(base_model)
     try:

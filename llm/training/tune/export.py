@@ -63,8 +63,8 @@ def export_model(
     exported.save_pretrained(str(aside))
     _generation_config(model, exported, manifest).save_pretrained(str(aside))
     _write_run(aside, base_model=base_model, manifest=manifest, run=run)
-    _write_readme(aside, base_model, is_adapter=isinstance(model, PeftModel))
-    _apply_umask(aside)
+    write_readme(aside, base_model, is_adapter=isinstance(model, PeftModel))
+    apply_umask(aside)
     write_folder_manifest(str(aside))
     swap_folder(str(aside), target)
     return target
@@ -162,21 +162,31 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _write_readme(folder: Path, base_model: str, *, is_adapter: bool) -> None:
-    """Over peft's model card, which is a form of empty headings and cannot be turned off."""
-    load = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
+def write_readme(folder: Path, base_model: str, *, is_adapter: bool) -> None:
+    """How to load the folder; over peft's model card, which is a form of empty headings and cannot be turned off."""
+    load = (
+        "from peft import AutoPeftModelForCausalLM\n"
+        "from transformers import AutoTokenizer, GenerationConfig\n\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained(this_folder)\n"
+        "# Else it stops only where its base model does: nothing reads an adapter's generation config by itself.\n"
+        "model.generation_config = GenerationConfig.from_pretrained(this_folder)"
+        if is_adapter
+        else "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "model = AutoModelForCausalLM.from_pretrained(this_folder)"
+    )
+    merge = "\n`llm-train merge this_folder merged` makes a whole model of adapter and base, for servers that need one."
     text = (
-        f"# {'Adapter' if is_adapter else 'Model'} tuned from {base_model}\n\nMade by llm-train. Load it "
-        f"with `{load}.from_pretrained(this_folder)` and its tokenizer "
-        "with\n`AutoTokenizer.from_pretrained(this_folder)`; the chat template makes the prompts that were "
-        f"trained (contexts go in\nas `documents=[{{'text': ...}}]`). `run.json` says which data, settings "
-        "and versions made it; `manifest.json` holds\nsizes and hashes of the files. What it does well or "
-        "badly was not written down: evaluate it before use.\n"
+        f"# {'Adapter' if is_adapter else 'Model'} tuned from {base_model}\n\nMade by llm-train.\n\n"
+        f"```python\n{load}\ntokenizer = AutoTokenizer.from_pretrained(this_folder)\n```\n\n"
+        "The chat template makes the prompts that were trained (contexts go in as `documents=[{'text': ...}]`)."
+        f"{merge if is_adapter else ''}\n`run.json` says which data, settings and versions made it; "
+        "`manifest.json` holds sizes and hashes of the files.\n"
+        "What it does well or badly was not written down: evaluate it before use.\n"
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _apply_umask(folder: Path) -> None:
+def apply_umask(folder: Path) -> None:
     """Gives every file the mode of the umask: safetensors makes them readable by the owner only."""
     mode = folder.stat().st_mode & 0o666  # `mkdir` applied the umask
     for path in folder.rglob("*"):
