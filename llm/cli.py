@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands: `--help` and a config error an
 """
 
 import logging
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,30 +25,50 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training_arguments.max_steps=10."),
 ]
+AllowCode = Annotated[
+    list[str] | None,
+    typer.Option("--allow-code", metavar="PACKAGE", help="Let `method: PACKAGE.module::name` run code."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also say what the libraries log.")]
 
 
 @app.command()
-def dataprep(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+def dataprep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    allow_code: AllowCode = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
     """Turn rows into packed blocks of tokens and labels."""
     from llm.training.config import DataPrepConfig
     from llm.training.config_file import load_config
 
-    with _errors_told(debug):
-        settings = load_config(config, DataPrepConfig, overrides=overrides or [])
+    with _errors_told(debug, quiet=quiet, verbose=verbose):
+        settings = load_config(config, DataPrepConfig, overrides=overrides or [], allow_code=allow_code or [])
         from llm.training.dataprep import prepare
 
         prepare(settings)
 
 
 @app.command()
-def finetune(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+def finetune(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    allow_code: AllowCode = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
     """Tune a model on packed blocks."""
     from llm.training.config import FinetuneConfig
     from llm.training.config_file import load_config
 
-    with _errors_told(debug):
-        settings = load_config(config, FinetuneConfig, overrides=overrides or [])
+    with _errors_told(debug, quiet=quiet, verbose=verbose):
+        settings = load_config(config, FinetuneConfig, overrides=overrides or [], allow_code=allow_code or [])
         from llm.training.finetune import finetune as tune
 
         tune(settings)
@@ -68,11 +89,12 @@ def inspect(  # noqa: PLR0913  (each is an argument of the command line)
         str | None, typer.Option(help="Hub id or folder of the tokenizer; default: that of the manifest.")
     ] = None,
     overrides: Overrides = None,
+    allow_code: AllowCode = None,
     debug: Debug = False,
 ) -> None:
     """Show rows as tokens: prompt, trained, stop token, padding."""
     with _errors_told(debug):
-        config = _row_config(target, base_model, overrides or [])
+        config = _row_config(target, base_model, overrides or [], allow_code or [])
         from llm.training.prep.preview import block_views, row_views
         from llm.training.prep.token_view import print_views
 
@@ -83,7 +105,9 @@ def inspect(  # noqa: PLR0913  (each is an argument of the command line)
         print_views(views, has_ids=has_ids, max_tokens=max_tokens)
 
 
-def _row_config(target: str, base_model: str | None, overrides: list[str]) -> "DataPrepConfig | None":
+def _row_config(
+    target: str, base_model: str | None, overrides: list[str], allow_code: list[str]
+) -> "DataPrepConfig | None":
     """The config where `target` is one; None where it is a prepared data set."""
     from llm.training.config import DataPrepConfig
     from llm.training.config_file import load_config
@@ -91,7 +115,7 @@ def _row_config(target: str, base_model: str | None, overrides: list[str]) -> "D
     if target.endswith((".yaml", ".yml")):
         if base_model is not None:
             raise ConfigError(f"--base-model: `{target}` names its own. Write --set base_model={base_model}.")
-        return load_config(target, DataPrepConfig, overrides=overrides)
+        return load_config(target, DataPrepConfig, overrides=overrides, allow_code=allow_code)
     if overrides:
         raise ConfigError(f"--set {overrides[0]}: `{target}` is a data set, which has no keys. Give a .yaml file.")
     return None
@@ -113,16 +137,60 @@ def merge(
         merge_adapter(final_output, target, base_model=base_model)
 
 
+@app.command()
+def init(
+    rows: Annotated[str, typer.Argument(metavar="ROWS", help="File, folder or s3:// URL of the rows.")],
+    base_model: Annotated[str, typer.Option("--base-model", metavar="MODEL", help="Hub id or folder.")],
+    folder: Annotated[str, typer.Option("--folder", help="Where the two files go.")] = ".",
+    debug: Debug = False,
+) -> None:
+    """Write dataprep.yaml and finetune.yaml, with comments, for your rows and your model."""
+    with _errors_told(debug):
+        from llm.training.starter import write_starter
+
+        for path in write_starter(rows, base_model, folder):
+            typer.echo(path)
+
+
+@app.command()
+def schema(
+    script: Annotated[str, typer.Argument(metavar="dataprep|finetune", help="Whose YAML file.")], debug: Debug = False
+) -> None:
+    """Print the JSON Schema of a YAML file, by which an editor completes and checks it."""
+    with _errors_told(debug):
+        from llm.training.config_file.json_schema import schema_text
+
+        typer.echo(schema_text(script), nl=False)
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(metavar="[KEY]", help="chunksize, lora_config.r, ...; all without.")] = "",
+    debug: Debug = False,
+) -> None:
+    """Say what a key of the YAML files means, its type and its default; without KEY, list all."""
+    with _errors_told(debug):
+        from llm.training.config_file.explain import explain as explain_key
+        from llm.training.config_file.explain import list_keys
+
+        typer.echo(explain_key(key) if key else list_keys())
+
+
 @contextmanager
-def _errors_told(debug: bool) -> Iterator[None]:
-    """Known errors as one text without a traceback, and their exit code."""
+def _errors_told(debug: bool, *, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+    """Known errors as one text without a traceback, and their exit code; how much else is said."""
     from llm.terminal import console
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("llm").setLevel(logging.INFO)
+    if not verbose:
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs each error that it raises
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger().setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("llm").setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    console.quiet = quiet
     try:
         yield
     except LlmTrainError as error:
+        console.quiet = False
         if debug:
             traceback.print_exception(error)
         console.print("error:", style="bold red", end=" ")
@@ -131,6 +199,8 @@ def _errors_told(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         console.print("stopped by Ctrl-C; nothing half-written is left")
         raise typer.Exit(130) from error
+    finally:
+        console.quiet = False
 
 
 def main() -> None:

@@ -54,6 +54,15 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     return f"Allowed: {', '.join(names)}."
 
 
+def loading_reason(error: BaseException) -> str:
+    """Why a model or tokenizer was not loaded, in the library's words, unless these tell to run code of the model's."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings code of its own, and such code is never run. Choose a model that transformers knows by itself."
+        )
+    return str(error).strip() or type(error).__name__
+
+
 def quoted(names: Iterable[str]) -> str:
     """The names for a message: `` `a`, `b` ``."""
     return ", ".join(f"`{name}`" for name in names)

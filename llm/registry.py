@@ -1,18 +1,36 @@
 """`method` + `kwargs` -> an object: how YAML names Python code.
 
 A method is a registered name (`DefaultPrompt`) or a reference `path.to.module::name`. Entries of a registry are
-such references, so that naming a method imports its library and listing the names imports nothing.
+such references, so that naming a method imports its library and listing the names imports nothing. A reference of
+the user's own runs code, so `config_file.load_config` lets it through only where `allow_code` names its package.
 """
 
 import functools
 import importlib
 import inspect
+import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from llm.errors import ConfigError, did_you_mean
 
+logger = logging.getLogger(__name__)
 Registry = Mapping[str, str]
+
+# What our registries hold: such a reference runs no code but ours, whether YAML gives it by name or in full.
+_REGISTERED = re.compile(
+    r"llm\.(prompt::\w*(Prompt|QA|Question|Summarization)|(prompt_format|named_formats|chat_template)::\w+Format)"
+    r"|llm\.training\.prep\.(dataset::load_path|write::to_csv)"
+    r"|datasets::(load_dataset|load_from_disk|Dataset\.(save_to_disk|to_parquet|to_json))"
+)
+
+
+def own_package(method: str) -> str | None:
+    """The top package of a `module::name` that is the user's own code; None for a registered name or reference."""
+    module_name, colons, _ = method.partition("::")
+    is_own = bool(colons) and not _REGISTERED.fullmatch(method)
+    return module_name.split(".")[0] if is_own else None
 
 
 def resolve_method(method: str, registry: Registry, *, key: str) -> Callable[..., Any]:
@@ -33,13 +51,24 @@ def resolve_method(method: str, registry: Registry, *, key: str) -> Callable[...
     try:
         target = functools.reduce(getattr, name.split("."), importlib.import_module(module_name))
     except ImportError as error:
-        raise ConfigError(f"{key}: cannot import `{module_name}` of `{method}`: {error}.") from error
+        raise ConfigError(
+            f"{key}: cannot import `{module_name}` of `{method}`: {error}. "
+            "Is it installed, or its folder in PYTHONPATH?"
+        ) from error
     except AttributeError as error:
         names = [known for known in vars(importlib.import_module(module_name)) if not known.startswith("_")]
         raise ConfigError(f"{key}: module `{module_name}` has no `{name}`. {did_you_mean(name, names)}") from error
     if not callable(target):
         raise ConfigError(f"{key}: `{method}` is not callable.")
+    if own_package(method):
+        _tell_import(method, module_name)
     return target
+
+
+@functools.cache  # once a reference, however often it is resolved
+def _tell_import(method: str, module_name: str) -> None:
+    file = getattr(importlib.import_module(module_name), "__file__", None)
+    logger.info("Your own code: `%s`, from %s.", method, file or "Python itself")
 
 
 def call_method(method: Callable[..., Any], *args: Any, kwargs: Mapping[str, Any], key: str) -> Any:

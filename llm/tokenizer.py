@@ -9,11 +9,12 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, normalizers
 
-from llm.errors import ConfigError
+from llm.errors import ConfigError, loading_reason
 from llm.model_registry import check_is_reachable
 
 if TYPE_CHECKING:
@@ -185,11 +186,14 @@ def load_prompt_tokenizer(base_model: str) -> PromptTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return PromptTokenizer(AutoTokenizer.from_pretrained(base_model))
+        return PromptTokenizer(AutoTokenizer.from_pretrained(base_model, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = loading_reason(error).splitlines()[0]
+        if Path(base_model).is_dir() and "code" not in reason:
+            names = sorted(path.name for path in Path(base_model).iterdir())
+            reason = f"the folder holds {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}."
         raise ConfigError(
-            f"base_model: no tokenizer at `{base_model}`: {first_line} "
+            f"base_model: no tokenizer at `{base_model}`: {reason} "
             "Give a hub id, or a folder that holds tokenizer.json."
         ) from error
 

@@ -1,5 +1,6 @@
 """The command line: exit codes, one text without a traceback, and what `--debug` adds."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from llm.cli import app
 from llm.errors import CheckpointError, ConfigError, DataError, LlmTrainError, MissingExtraError
+from llm.terminal import print_table
 
 GOOD = "source_config: rows.jsonl\nbase_model: x/y\ndataset_writer_config: {method: save_to_disk}\n"
 
@@ -73,3 +75,23 @@ def test_script_started_as_a_file_tells_a_config_error_before_it_loads_anything_
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert done.returncode == 2 and "Did you mean `base_model`?" in done.stderr
     assert "llm.training.config" in imported and not imported & {"torch", "transformers", "datasets", "pyarrow"}
+
+
+def test_quiet_says_nothing_but_warnings_and_verbose_what_the_libraries_log(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels: list[tuple[int, int]] = []
+
+    def tell(settings: object) -> None:
+        levels.append(tuple(logging.getLogger(name).getEffectiveLevel() for name in ("llm.x", "another")))  # type: ignore[arg-type]
+        print_table("Prepared", [("rows", "3")])
+
+    monkeypatch.setattr("llm.training.dataprep.prepare", tell)
+    outputs = [CliRunner().invoke(app, ["dataprep", config, *flags]).output for flags in ([], ["-q"], ["--verbose"])]
+    assert levels == [(20, 30), (30, 30), (10, 20)]
+    assert outputs[0] == outputs[2] == "Prepared\n  rows  3\n" and outputs[1] == ""
+
+
+def test_quiet_still_tells_an_error(config: str) -> None:
+    result = CliRunner().invoke(app, ["dataprep", config, "-q", "--set", "chunksize=0"])
+    assert result.exit_code == 2 and "`chunksize` must be greater than 0, not 0." in result.output

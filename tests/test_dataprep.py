@@ -28,7 +28,8 @@ from prep_helpers import write_jsonl
 from typer.testing import CliRunner, Result
 
 from llm.cli import app
-from llm.training.config import DatasetConfig
+from llm.training.config import DataPrepConfig, DatasetConfig
+from llm.training.config_file import load_config
 from llm.training.prep.dataset import load_blocks
 from llm.training.prep.manifest import read_manifest
 
@@ -121,9 +122,10 @@ def job(tmp_path: Path, model: Path) -> Job:
 
 
 def files_of(target: Path) -> dict[str, bytes]:
-    """All that belongs to the data set at `target`, a folder or a file and what lies beside it."""
+    """What was made at `target`, a folder or a file and what lies beside it, without the config that was given."""
     paths = target.rglob("*") if target.is_dir() else target.parent.glob(f"{target.name}*")
-    return {str(path).removeprefix(str(target)): path.read_bytes() for path in paths if path.is_file()}
+    found = {str(path).removeprefix(str(target)): path.read_bytes() for path in paths if path.is_file()}
+    return {name: content for name, content in found.items() if not name.endswith("dataprep.yaml")}
 
 
 def blocks_at(target: str | Path) -> Rows:
@@ -243,6 +245,30 @@ def test_dataprep_with_dropped_rows_counts_them_and_names_the_first(job: Job) ->
         assert block is None or row in blocks[block]["example_rows"]
 
 
+@pytest.mark.parametrize("method", WRITERS)
+def test_dataprep_saves_its_config_beside_the_blocks_and_it_makes_them_again(
+    job: Job, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROWS_FOLDER", str(job.folder))
+    target = job.folder / WRITERS[method]
+    (job.folder / "shared.yaml").write_text("chunksize: 96\nseed: 3\n")
+    given = {"include": "shared.yaml", "chunksize": None, "source_config": "${env:ROWS_FOLDER}/rows.jsonl"}
+    job.done("--set", "seed=4", dataset_writer_config=writer_config(target, method), **given)
+    before, made_by = (
+        job.files(target),
+        load_config(str(job.folder / "dataprep.yaml"), DataPrepConfig, overrides=["seed=4"]),
+    )
+    saved = target / "dataprep.yaml" if method == "save_to_disk" else target.with_name(f"{target.name}.dataprep.yaml")
+    assert (
+        'source_config:\n  method: load_path\n  kwargs:\n    path: "${env:ROWS_FOLDER}/rows.jsonl"' in saved.read_text()
+    )
+    assert load_config(str(saved), DataPrepConfig) == made_by
+    assert read_manifest(str(target)).source["kwargs"] == {"path": "${env:ROWS_FOLDER}/rows.jsonl"}
+    assert (made_by.chunksize, made_by.seed) == (96, 4)
+    again = CliRunner().invoke(app, ["dataprep", str(saved), "--set", "overwrite=true"])
+    assert again.exit_code == 0 and job.files(target) == before
+
+
 # --- S3 ---------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +299,7 @@ def store(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileS
 def files_on(store: s3fs.S3FileSystem, path: str) -> dict[str, bytes]:
     store.invalidate_cache()
     names = [name for name in store.find("dataprep-tests") if name.startswith(path)]
-    return {name.removeprefix(path): store.cat_file(name) for name in names}
+    return {name.removeprefix(path): store.cat_file(name) for name in names if not name.endswith("dataprep.yaml")}
 
 
 @pytest.mark.parametrize("method", WRITERS)
@@ -566,7 +592,7 @@ def test_dataprep_killed_at_any_time_leaves_an_old_or_a_new_target_and_reruns_to
     assert -signal.SIGKILL in codes
 
 
-@pytest.mark.parametrize("method, num_moves", [("save_to_disk", 2), ("to_parquet", 6)])
+@pytest.mark.parametrize("method, num_moves", [("save_to_disk", 2), ("to_parquet", 8)])
 def test_dataprep_killed_between_any_two_moves_is_put_right_by_the_next_run(
     job: Job, monkeypatch: pytest.MonkeyPatch, method: str, num_moves: int
 ) -> None:
@@ -596,7 +622,7 @@ def test_dataprep_killed_between_any_two_moves_is_put_right_by_the_next_run(
         assert list(job.target.parent.glob("*.preparing")) == []
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(8))
 def test_dataprep_stopped_by_ctrl_c_between_any_two_moves_leaves_the_old_target_whole(
     job: Job, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

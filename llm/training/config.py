@@ -4,9 +4,10 @@ Takes the plain data of a YAML file (`config_file.load_config`), gives a `DataPr
 Building one has no side effect and imports nothing heavy; the key tables of `README.md` are made from here.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from llm.prompt_format import TrainOn
 
@@ -22,16 +23,47 @@ DTYPES = {
 }
 
 
+# nf4 with double quantization and bfloat16 compute: the QLoRA recipe (https://arxiv.org/abs/2305.14314). The
+# library's own defaults are fp4 and float32.
+FOUR_BIT_DEFAULTS: dict[str, Any] = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+KeyPath = tuple[str | int, ...]
+
+
 class StrictModel(BaseModel):
     """A section of a YAML file: unknown keys are errors, values are never converted in silence."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def _a_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _top_packages(names: list[str]) -> list[str]:
+    for name in names:
+        if not re.fullmatch(r"[^\W\d]\w*", name):
+            top = re.split(r"\W", name)[0] or "my_package"
+            raise ValueError(f"`allow_code` takes names of top packages: write `{top}`, not `{name}`")
+    return names
+
+
+PackageNames = Annotated[list[str], BeforeValidator(_a_list), AfterValidator(_top_packages)]
+ALLOW_CODE = (
+    "Packages whose code a `method: package.module::name` may run, as `--allow-code package` does; registered names "
+    "need none."
+)
+INCLUDE = "A YAML file, or a list of them, relative to this one: this file's keys win over theirs, key by key."
+
+
 class MethodConfig(StrictModel):
     """Code named from YAML: a registered name or `path.to.module::name`, and its arguments."""
 
-    method: str = Field(description="A registered name, or `path.to.module::name`.")
+    method: str = Field(description="A registered name, or `path.to.module::name` of a package in `allow_code`.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the method.")
 
 
@@ -40,7 +72,7 @@ class DatasetConfig(StrictModel):
 
     method: str = Field(
         default="load_dataset",
-        description="`load_dataset`, `load_from_disk`, or `path.to.module::name`.",
+        description="`load_dataset`, `load_from_disk`, or `path.to.module::name` of a package in `allow_code`.",
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the method.")
 
@@ -50,12 +82,23 @@ class DatasetConfig(StrictModel):
         return {"method": "load_path", "kwargs": {"path": value}} if isinstance(value, str) else value
 
 
+class ScriptConfig(StrictModel):
+    """A whole YAML file, which remembers where it named an environment variable."""
+
+    _environment: dict[KeyPath, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[KeyPath, str]:
+        """The text, such as `${env:NAME}/rows.jsonl`, of each value that came from the environment."""
+        return self._environment
+
+
 OnTooLong = Literal["drop", "error", "truncate_contexts"]
 RowFormat = Literal["auto", "input_response", "messages", "sharegpt", "alpaca"]
 ColumnName = Literal["input", "response", "contexts", "messages", "system", "tools"]
 
 
-class DataPrepConfig(StrictModel):
+class DataPrepConfig(ScriptConfig):
     """The YAML file of `dataprep`: rows -> rendered prompts -> tokens and labels -> packed blocks."""
 
     source_config: DatasetConfig = Field(
@@ -112,14 +155,15 @@ class DataPrepConfig(StrictModel):
         description="`true` lets text such as `<|im_end|>` in a row become the control token; else it stays text.",
     )
     overwrite: bool = Field(default=False, description="Replace a data set that is already there.")
+    allow_code: PackageNames = Field(default_factory=list, description=ALLOW_CODE)
+    # Read by `config_file.include`, so that a loaded config has none left and is saved without it.
+    include: Annotated[list[str], BeforeValidator(_a_list)] = Field(
+        default_factory=list, exclude=True, description=INCLUDE
+    )
 
 
 def _canonical_dtype(value: Any) -> Any:
     return DTYPES.get(value, value) if isinstance(value, str) else value
-
-
-def _a_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 def _has_no_output_dir(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +175,7 @@ def _has_no_output_dir(arguments: dict[str, Any]) -> dict[str, Any]:
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_canonical_dtype)]
 
 
-class FinetuneConfig(StrictModel):
+class FinetuneConfig(ScriptConfig):
     """The YAML file of `finetune`: packed blocks -> adapter or full model, checkpoints, `final_output`."""
 
     base_model: str = Field(
@@ -182,6 +226,11 @@ class FinetuneConfig(StrictModel):
         "when it is installed.",
     )
     allow_tokenizer_mismatch: bool = Field(default=False, description="Train on blocks that another tokenizer made.")
+    allow_code: PackageNames = Field(default_factory=list, description=ALLOW_CODE)
+    # Read by `config_file.include`, so that a loaded config has none left and is saved without it.
+    include: Annotated[list[str], BeforeValidator(_a_list)] = Field(
+        default_factory=list, exclude=True, description=INCLUDE
+    )
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "FinetuneConfig":

@@ -42,6 +42,6 @@ def prepare(config: DataPrepConfig) -> Manifest:
         blocks = spill_blocks(batches, folder, num_blocks=packing.num_blocks)
         write_dataset(blocks, config.dataset_writer_config, staging)
         manifest = make_manifest(config, encoder, examples, packing)
-        write_records(ledger_with_blocks(examples, packing), manifest, staging)
+        write_records(ledger_with_blocks(examples, packing), manifest, config, staging)
     print_summary(manifest, config, target.path)
     return manifest

@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from llm.model_registry import find_model
 from llm.training.config import FinetuneConfig
+from llm.training.config_file import saved_data
 from llm.training.tune.adapter import add_adapter
 from llm.training.tune.base_model import load_base_model, load_tokenizer
 from llm.training.tune.data_check import check_data, open_blocks
@@ -38,7 +39,7 @@ def finetune(config: FinetuneConfig) -> RunSummary:
     the run with a checkpoint, without `final_output`, by SystemExit (143 for SIGTERM, 130 for Ctrl-C).
     """
     arguments = training_arguments(config)
-    run = {"config": config.model_dump(mode="json"), "world_size": arguments.world_size}
+    run = {"config": saved_data(config), "world_size": arguments.world_size}
     set_seed(arguments.seed)  # the Trainer does so too, but after the adapter has drawn its first weights
     tokenizer = load_tokenizer(config.base_model)
     blocks = open_blocks(config, tokenizer)

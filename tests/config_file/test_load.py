@@ -168,6 +168,7 @@ def test_override_malformed_is_an_error(error: Failing, override: str, text: str
         ("a: b\x07\n", "config.yaml:1:5\n    a: b?\n    The control character U+0007"),
         ("a: b: c\n", "config.yaml:1:5\n    a: b: c\n    A second `: ` in one value"),
         ("a: [1\nb: 2\n", "config.yaml:2:2\n    b: 2\n    The `[` of line 1 is not closed"),
+        ("a: {b: ${env:X}, c: 1}\n", "config.yaml:1:9\n    a: {b: ${env:X}, c: 1}\n    Inside `{ }` the braces of"),
         ("a: {b: 1\n", "The `{` of line 1 is not closed"),
         ('a: "x\n', "The quote of line 1 is not closed"),
         ("a: 1\n---\nb: 1\n", "config.yaml:2:1\n    ---\n    A second document"),
@@ -227,7 +228,7 @@ def test_duplicate_key_names_both_lines(error: Failing) -> None:
         ("chunksiz: 1", "dataprep has no key `chunksiz`. Did you mean `chunksize`?"),
         ("max_seq_length: 1", "Here it is called `chunksize`."),
         ("local_output: x", "It is a key of finetune: write it into the other file"),
-        ("zzz: 1", "Allowed: allow_special_tokens_in_data, base_model"),
+        ("zzz: 1", "Allowed: allow_code, allow_special_tokens_in_data, base_model"),
         (
             'chunksize: "2048"',
             '`chunksize` must be an integer, not the text "2048". Write 2048 without quotes.',
@@ -242,7 +243,7 @@ def test_duplicate_key_names_both_lines(error: Failing) -> None:
         ("prompt_config: ZeroShotQA", "Write `prompt_config: {method: ZeroShotQA}`."),
         ("prompt_config: {method: x, text: y}", "Arguments of the method belong under `kwargs:`."),
         ("prompt_config: {method: 3}", "`method` must be text, not the number 3."),
-        ("prompt_config: {kwargs: {}}", "`method` is missing. A registered name, or `path.to.module::name`."),
+        ("prompt_config: {kwargs: {}}", "`method` is missing. A registered name, or `path.to.module::name` of"),
         ("prompt_config: {method: m, kwargs: }", "`kwargs` must be a section of keys, not `null`"),
     ],
 )

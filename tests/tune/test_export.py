@@ -75,6 +75,7 @@ def test_exported_adapter_holds_all_that_inference_needs(tmp_path: Path) -> None
         "manifest.json",
         "README.md",
         "run.json",
+        "finetune.yaml",
         "tokenizer.json",
         "tokenizer_config.json",
     }

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm.errors import ConfigError, DataError
 from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig, MethodConfig
+from llm.training.config_file import load_config
 from llm.training.dataprep import prepare
 from llm.training.finetune import finetune
 from llm.training.tune.progress import RunSummary
@@ -136,6 +137,7 @@ def test_command_trains_exports_and_tells(tmp_path: Path, base_model: Path) -> N
         assert {"adapter_model.safetensors", "tokenizer.json", "generation_config.json", "run.json"} <= files
     record = json.loads((tmp_path / "out" / "final_output" / "run.json").read_text())
     assert FinetuneConfig(**record["config"]) == config
+    assert load_config(str(tmp_path / "out" / "final_output" / "finetune.yaml"), FinetuneConfig) == config
 
 
 def test_resumed_run_ends_with_the_weights_of_a_straight_one(tmp_path: Path, base_model: Path) -> None:

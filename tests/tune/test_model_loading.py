@@ -195,7 +195,7 @@ def test_each_name_must_match_a_module(key: str) -> None:
     [
         ({"rank": 8}, "`LoraConfig` has no `rank`"),
         ({"r": 0}, "lora_config: "),
-        ({"target_modules": "nothing.*like_it"}, "lora_config: "),
+        ({"target_modules": "nothing.*like_it"}, "lora_config.target_modules: no module of this model matches"),
     ],
 )
 def test_what_peft_does_not_take_is_a_config_error(given: dict[str, Any], text: str) -> None:

@@ -36,7 +36,7 @@ _TYPES = {
 def key_table(schema: type[BaseModel]) -> str:
     """A Markdown table of the schema's keys: key, type, default, meaning."""
     rows = [
-        " | ".join([f"| `{name}`", _type_words(field.annotation), _default(field), _meaning(field) + " |"])
+        " | ".join([f"| `{name}`", type_words(field.annotation), default_words(field), _meaning(field) + " |"])
         for name, field in schema.model_fields.items()
     ]
     return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
@@ -54,20 +54,22 @@ def _marked_table(match: re.Match[str]) -> str:
     return start + key_table(SCHEMAS[name]) + end
 
 
-def _type_words(annotation: Any) -> str:
+def type_words(annotation: Any) -> str:
+    """The type of a key as a table names it: `list of text`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type_words(arguments[0])
+        return type_words(arguments[0])
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin is list:
-        return f"list of {_type_words(arguments[0])}"
+        return f"list of {type_words(arguments[0])}"
     if origin in (Union, UnionType):
-        return " or ".join(_type_words(one) for one in arguments)
+        return " or ".join(type_words(one) for one in arguments)
     return _TYPES[origin or annotation]
 
 
-def _default(field: FieldInfo) -> str:
+def default_words(field: FieldInfo) -> str:
+    """The default of a key as YAML, or `required`."""
     if field.is_required():
         return "required"
     default = field.get_default(call_default_factory=True)

@@ -5,6 +5,7 @@ Sources are parsed, not imported: importing transformers takes seconds, a config
 """
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import MissingExtraError, did_you_mean
-from llm.training.config_file.library_rules import CHOICES, LIMITS, RENAMED, SET_ELSEWHERE
+from llm.training.config_file.library_rules import CHOICES, LIMITS, NEVER_IN_YAML, RENAMED, SET_ELSEWHERE
 from llm.training.config_file.problem import describe, wrong_type
 
 _DOCS = "https://huggingface.co/docs"
@@ -55,10 +56,26 @@ SECTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryKey:
-    """What a library says of one key: its annotation, `IntervalStrategy | str`, and the values of an enum."""
+    """What a library says of one key: its annotation, `IntervalStrategy | str`, the values of an enum, its default as
+    Python text (empty: none that is written down), and its meaning.
+    """
 
     annotation: str
     choices: tuple[str, ...] = ()
+    default: str = ""
+    meaning: str = ""
+
+    @property
+    def types(self) -> list[ast.expr]:
+        """What YAML may give, each without a union; an enum is given by its text."""
+        types = list(_alternatives(ast.parse(self.annotation, mode="eval").body))
+        return [one for one in types if not self.choices or _leaf(one) in _WORDS]
+
+    @property
+    def words(self) -> str:
+        """The types as a sentence names them: `an integer or a number`."""
+        words = dict.fromkeys(_words(one, self.choices) for one in self.types if _leaf(one) in _WORDS)
+        return " or ".join(words) or "anything"
 
 
 def problems_of(section: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -73,6 +90,12 @@ def problems_of(section: str, values: Mapping[str, Any]) -> Iterator[tuple[str, 
             yield name, problem
     if section == "training_arguments":
         yield from _training_rules(values)
+
+
+def keys_for_yaml(section: str) -> dict[str, LibraryKey]:
+    """The keys of `keys_of` that a YAML file may give."""
+    refused = {*SET_ELSEWHERE[section], *NEVER_IN_YAML}
+    return {name: key for name, key in keys_of(section).items() if name not in refused}
 
 
 @cache
@@ -90,10 +113,13 @@ def keys_of(section: str) -> dict[str, LibraryKey]:
             "supported. Install a supported one: pip install --upgrade llm-train"
         )
     enums = {name: values for name, node in classes.items() if (values := _enum_values(node))}
+    meanings = _documented(ast.get_docstring(classes[source.class_name]) or "")
     return {
         name: LibraryKey(
             annotation="str | None" if name in CHOICES else ast.unparse(annotation),
             choices=CHOICES.get(name) or _listed_choices(default) or _choices(annotation, enums),
+            default=_default_text(default),
+            meaning=_help_text(default) or meanings.get(name, ""),
         )
         for name, annotation, default in _fields(classes[source.class_name], classes)
     }
@@ -112,13 +138,8 @@ def _unknown_text(section: str, name: str) -> str:
 
 
 def _type_problem(name: str, value: Any, key: LibraryKey) -> str:
-    alternatives = list(_alternatives(ast.parse(key.annotation, mode="eval").body))
-    if key.choices:  # an enum is given by its text
-        alternatives = [one for one in alternatives if _leaf(one) in _WORDS]
-    if not any(_fits(value, one) for one in alternatives):
-        words = [_words(one, key.choices) for one in alternatives if _leaf(one) in _WORDS]
-        words = [word for word in dict.fromkeys(words) if word != "`null`"]
-        return wrong_type(name, " or ".join(words), value)
+    if not any(_fits(value, one) for one in key.types):
+        return wrong_type(name, key.words.removesuffix(" or `null`").removeprefix("`null` or "), value)
     if key.choices and isinstance(value, str) and value not in key.choices:
         return f"`{name}` cannot be {describe(value)}. {did_you_mean(value, key.choices)}"
     return ""
@@ -247,9 +268,10 @@ def _parameters(node: ast.ClassDef) -> list[Field]:
     if init is None:
         return []
     names = [argument.arg for argument in init.args.args[1:]]
-    defaults = [getattr(default, "value", None) for default in init.args.defaults]
-    types = ["Any" if default is None else type(default).__name__ for default in defaults]
-    return [(name, ast.Name(kind), None) for name, kind in zip(names, types, strict=True)]
+    defaults = init.args.defaults
+    values = [getattr(default, "value", None) for default in defaults]
+    types = ["Any" if value is None else type(value).__name__ for value in values]
+    return [(name, ast.Name(kind), default) for name, kind, default in zip(names, types, defaults, strict=True)]
 
 
 def _enum_values(node: ast.ClassDef) -> tuple[str, ...]:
@@ -284,3 +306,33 @@ def _listed_choices(default: ast.expr | None) -> tuple[str, ...]:
                 if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(value, ast.List):
                     return tuple(str(item.value) for item in value.elts if isinstance(item, ast.Constant))
     return ()
+
+
+def _field_arguments(default: ast.expr | None) -> dict[str, ast.expr]:
+    """The arguments of `field(...)`; a plain default is its `default`."""
+    if isinstance(default, ast.Call):
+        return {keyword.arg: keyword.value for keyword in default.keywords if keyword.arg}
+    return {"default": default} if default else {}
+
+
+def _default_text(default: ast.expr | None) -> str:
+    arguments = _field_arguments(default)
+    return ast.unparse(arguments["default"]) if "default" in arguments else ""
+
+
+def _help_text(default: ast.expr | None) -> str:
+    metadata = _field_arguments(default).get("metadata")
+    for key, value in zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else []:
+        if isinstance(key, ast.Constant) and key.value == "help":
+            return _one_line(str(value.value)) if isinstance(value, ast.Constant) else ""
+    return ""
+
+
+def _documented(docstring: str) -> dict[str, str]:
+    """The first paragraph under each `name (type, ...):` of a docstring."""
+    entries = re.findall(r"^ {4}(\w+) ?\(.*\):?\n((?: {8}.*\n?)+)", docstring, re.MULTILINE)
+    return {name: _one_line(text) for name, text in entries}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

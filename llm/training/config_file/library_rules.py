@@ -71,6 +71,12 @@ SET_ELSEWHERE = {
     "quantization_config": {},
 }
 
+# What is refused whatever its value, by other rules than those here.
+NEVER_IN_YAML = {
+    "output_dir": "It is set by the key `local_output`.",
+    "hub_token": "It is a secret, and YAML files are copied: set the environment variable HF_TOKEN.",
+}
+
 # Values that the sources only know as text: of bitsandbytes, and what this program trains.
 _DTYPES = tuple(name for name in DTYPES if name != "auto")
 CHOICES = {

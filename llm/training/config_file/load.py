@@ -1,51 +1,81 @@
 """A YAML file -> a checked config, or one ConfigError that holds every problem of the file.
 
 Takes a path, a schema of `config.py` and the command line's `--set`; gives the config. The file is read by
-`yaml_text.py`, the schema is checked by `schema.py`, the library sections by `library_keys.py`.
+`include.py` and `yaml_text.py`, the schema is checked by `schema.py`, the library sections by `library_keys.py`,
+rules across keys by `cross_key.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from llm.errors import ConfigError
-from llm.training.config import DataPrepConfig, FinetuneConfig, default_training_arguments
-from llm.training.config_file import library_keys
+from llm.training.config import DataPrepConfig, FinetuneConfig
+from llm.training.config_file import cross_key, include, library_keys
 from llm.training.config_file.problem import Place, Problem, problem_text
+from llm.training.config_file.save import path_in_config
 from llm.training.config_file.schema import validate
 from llm.training.config_file.secret import mask_line, secret_problems
-from llm.training.config_file.yaml_text import Document, parse_yaml, read_yaml
+from llm.training.config_file.yaml_text import Document, parse_yaml
 
+logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", DataPrepConfig, FinetuneConfig)
 
 
-def load_config(path: str, schema: type[ConfigT], *, overrides: Sequence[str] = ()) -> ConfigT:
+def load_config(
+    path: str, schema: type[ConfigT], *, overrides: Sequence[str] = (), allow_code: Sequence[str] = ()
+) -> ConfigT:
     """The config in the YAML file at `path`, as `schema`.
 
     `overrides` are `training_arguments.max_steps=10` (the value is YAML) and win over the file. `${env:NAME}`
-    in a value becomes the text of that environment variable. Raises one ConfigError with all problems, each
-    with file, line, column, the line itself, what is wrong and what to write.
+    in a value becomes the text of that environment variable. `allow_code` is added to the key of this name.
+    Raises one ConfigError with all problems, each with file, line, column, the line itself, what is wrong and what
+    to write.
     """
-    document = read_yaml(path)
+    document = include.read_with_includes(path)
     for override in overrides:
         _override(document, override)
+    _allow_code(document, allow_code)
     config, problems = validate(document.data, schema)
-    problems = document.problems + problems
+    problems = document.problems + problems + list(cross_key.code_problems(document.data, schema))
     if schema is FinetuneConfig:
-        problems += _library_problems(document.data) + list(_cross_key_problems(document.data))
+        problems += _library_problems(document.data) + list(cross_key.finetune_problems(document.data))
     secrets = [Problem(path=at, text=text) for at, text in secret_problems(document.data)]
     secret_paths = {secret.path for secret in secrets}
     problems = secrets + [problem for problem in problems if problem.path not in secret_paths]
     if config is None or problems:
-        raise ConfigError(_message(document, problems))
+        raise ConfigError(_message(document, [_without_environment(problem, document) for problem in problems]))
+    for problem in cross_key.doubts(document.data):
+        logger.warning("%s", problem_text(problem, document.place(problem.path)))
+    plain = config.model_dump()
+    config.environment.update({path_in_config(at, plain): text for at, text in document.environment.items()})
     return config
 
 
 def _message(document: Document, problems: Sequence[Problem]) -> str:
     placed = [(problem, problem.place or document.place(problem.path)) for problem in problems]
-    placed.sort(key=lambda pair: pair[1].line_number)  # those of the whole file first
+    placed.sort(key=lambda pair: (_included_file(document, pair[1]), pair[1].line_number))  # the whole file's first
     texts = list(dict.fromkeys(problem_text(problem, place) for problem, place in placed))
     count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
     return f"{document.source} has {count}:\n\n" + "\n\n".join(texts)
+
+
+def _without_environment(problem: Problem, document: Document) -> Problem:
+    """`problem` without what an environment variable holds: it may be a secret."""
+    given = document.environment.get(problem.path)
+    if given is None:
+        return problem
+    value: Any = document.data
+    for part in problem.path:
+        value = value[part]
+    text = problem.text
+    for shown in (str(value), str(value)[:40]):  # as `describe` cuts it
+        text = text.replace(shown, given) if len(shown) > 3 else text  # a number such as 1 is in many words
+    return Problem(path=problem.path, text=text, place=problem.place)
+
+
+def _included_file(document: Document, place: Place) -> str:
+    return "" if place.file == document.source else place.file
 
 
 def _override(document: Document, override: str) -> None:
@@ -55,6 +85,8 @@ def _override(document: Document, override: str) -> None:
     *sections, key = path = tuple(part.strip() for part in dotted.split("."))
     if not equals or not all(path):
         raise ConfigError(f"--set {shown}: write `--set key=value`, or `--set section.key=value`.")
+    if path[0] == include.KEY:
+        raise ConfigError(f"--set {shown}: files are included before `--set` is read. Write it into the file.")
     section = document.data
     for depth, name in enumerate(sections, start=1):
         section = section.setdefault(name, {})
@@ -66,70 +98,26 @@ def _override(document: Document, override: str) -> None:
     for known in [known for known in document.places if known[: len(path)] == path]:
         del document.places[known]
     document.problems[:] = [problem for problem in document.problems if problem.path[: len(path)] != path]
+    for known in [known for known in document.environment if known[: len(path)] == path]:
+        del document.environment[known]
+    document.environment.update({(*path, *at): given for at, given in value.environment.items()})
     for item in value.problems:
         document.problems.append(Problem(path=(*path, *item.path), text=item.text, place=place))
     document.places[path] = place
 
 
-# --- the sections of the libraries, and rules across keys -------------------------------------------------
+def _allow_code(document: Document, packages: Sequence[str]) -> None:
+    """Adds what `--allow-code` says."""
+    given = document.data.get("allow_code", [])
+    given = [given] if isinstance(given, str) else given
+    if packages and isinstance(given, list):  # what is not a list is the schema's to refuse
+        document.data["allow_code"] = list(dict.fromkeys([*given, *packages]))
+        document.places.setdefault(("allow_code",), Place(where="--allow-code", line=" ".join(packages)))
 
 
 def _library_problems(data: Mapping[str, Any]) -> list[Problem]:
     return [
         Problem(path=(section, key), text=text)
         for section in library_keys.SECTIONS
-        for key, text in library_keys.problems_of(section, _section(data, section))
+        for key, text in library_keys.problems_of(section, cross_key.section_of(data, section))
     ]
-
-
-def _section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = data.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _cross_key_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
-    """Rules that no schema sees, since they join a library's keys to ours."""
-    yield from _eval_problems(data)
-    yield from _best_model_problems(data)
-    quantization = _section(data, "quantization_config")
-    bits = [key for key in ("load_in_4bit", "load_in_8bit") if quantization.get(key, data.get(key)) is True]
-    if data.get("quantization_config") is not None and not bits:
-        text = "`quantization_config` says how to quantize, not to how many bits. Add `load_in_4bit: true`."
-        yield Problem(path=("quantization_config",), text=text)
-    if len(bits) == 2 and not all(data.get(key) is True for key in bits):  # that case is the schema's
-        text = "`load_in_4bit` and `load_in_8bit` exclude each other, here and one level up. Keep one."
-        key = next(key for key in bits if key in quantization)
-        yield Problem(path=("quantization_config", key), text=text)
-
-
-def _eval_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
-    training = _section(data, "training_arguments")
-    if data.get("eval_dataset_config") is not None:
-        return
-    for key in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
-        value = training.get(key)
-        if value is True or (key == "eval_strategy" and value in ("steps", "epoch")):
-            text = f"`{key}` needs blocks to evaluate. Add `eval_dataset_config`, or delete `{key}`."
-            yield Problem(path=("training_arguments", key), text=text)
-
-
-def _best_model_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
-    """`load_best_model_at_end` compares evaluations at checkpoints: both must fall on the same steps."""
-    given = _section(data, "training_arguments")
-    if given.get("load_best_model_at_end") is not True or data.get("eval_dataset_config") is None:
-        return
-    training = default_training_arguments(has_eval_dataset=True) | given
-    save, evaluate = training["save_strategy"], training["eval_strategy"]
-    save_steps, eval_steps = training["save_steps"], training["eval_steps"]
-    text = ""
-    if save not in ("best", evaluate):
-        text = f"the same `save_strategy` and `eval_strategy`, not `{save}` and `{evaluate}`"
-    elif save == "steps" and _are_integers(save_steps, eval_steps) and save_steps % eval_steps:
-        text = f"`save_steps` ({save_steps}) to be a multiple of `eval_steps` ({eval_steps})"
-    if text:
-        path = ("training_arguments", "load_best_model_at_end")
-        yield Problem(path=path, text=f"`load_best_model_at_end` needs {text}.")
-
-
-def _are_integers(*values: Any) -> bool:
-    return all(type(value) is int and value > 0 for value in values)

@@ -7,14 +7,18 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from llm.training.config_file.secret import KeyPath, mask_line, mask_secrets
+from llm.training.config import KeyPath
+from llm.training.config_file.secret import mask_line, mask_secrets
+
+NO_REMOTE_CODE = "Code that comes with a model or a data set is never run: delete `trust_remote_code`."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a key stands: `where` is `finetune.yaml:7:3` (or `--set`), `line` the text there."""
+    """Where a key stands: `where` is `finetune.yaml:7:3` (or `--set`), `line` the text there, `file` its file."""
 
     where: str
+    file: str = ""
     line: str = ""
     line_number: int = 0
 

@@ -11,10 +11,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from llm.errors import did_you_mean
-from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig, MethodConfig
+from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig, KeyPath, MethodConfig
 from llm.training.config_file import library_keys
-from llm.training.config_file.problem import Problem, describe, wrong_type
-from llm.training.config_file.secret import KeyPath
+from llm.training.config_file.problem import NO_REMOTE_CODE, Problem, describe, wrong_type
 
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
 
@@ -81,7 +80,7 @@ def _key_path(detail: ErrorDetails, data: Any) -> KeyPath:
 
 def _problem(path: KeyPath, details: list[ErrorDetails], data: Any, schema: type[BaseModel]) -> Problem:
     """One problem for all that pydantic says of a key (one error for each member of a union)."""
-    detail, key, model = details[0], _name(path), _model_at(schema, path[:-1]) or schema
+    detail, key, model = details[0], _name(path), model_at(schema, path[:-1]) or schema
     kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
     if kind == "value_error":
         text = str(context["error"])
@@ -98,7 +97,7 @@ def _problem(path: KeyPath, details: list[ErrorDetails], data: Any, schema: type
     elif kind in _LIMITS:
         text = f"`{key}` must be {_LIMITS[kind].format(**context)}, not {value}."
     else:
-        text = _type_text(key, details, _model_at(schema, path))
+        text = _type_text(key, details, model_at(schema, path))
     return Problem(path=path, text=text)
 
 
@@ -122,6 +121,8 @@ def _unknown_text(path: KeyPath, model: type[BaseModel]) -> str:
 
 def _place_of_unknown(key: str, model: type[BaseModel]) -> str:
     """Where a key belongs that is right elsewhere; empty when it is known nowhere."""
+    if key == "trust_remote_code":
+        return NO_REMOTE_CODE
     if name := next((name for name in OTHER_NAMES.get(key, ()) if name in model.model_fields), None):
         return f"Here it is called `{name}`."
     if model is FinetuneConfig:
@@ -153,7 +154,7 @@ def _name(path: KeyPath) -> str:
     return (names[-1] if names else "") + "".join(f"[{index}]" for index in items)
 
 
-def _model_at(schema: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+def model_at(schema: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     """The model of the section at `path`, or None where that is plain data."""
     model: type[BaseModel] | None = schema
     for part in path:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-KeyPath = tuple[str | int, ...]
+from llm.training.config import KeyPath
 
 # Whole names, so that `pad_token` and `max_new_tokens` stay allowed.
 _NAME = (

@@ -1,7 +1,7 @@
 """A YAML file as plain Python values, with the place of every key.
 
-First step of `config_file.load_config`: takes a path, gives a `Document`. YAML 1.2 core schema: `1e-4` is a
-number, `no`, `on` and `12:30` are text, `012` is 12 (https://yaml.org/spec/1.2.2/#103-core-schema).
+Used by `include.py`, the first step of `config_file.load_config`: takes a path, gives a `Document`. YAML 1.2 core
+schema: `1e-4` is a number, `no`, `on` and `12:30` are text, `012` is 12 (https://yaml.org/spec/1.2.2/#103-core-schema).
 """
 
 import os
@@ -18,8 +18,8 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import BaseResolver
 
 from llm.errors import ConfigError
+from llm.training.config import KeyPath
 from llm.training.config_file.problem import Place, Problem, describe, problem_text
-from llm.training.config_file.secret import KeyPath
 
 MAX_FILE_BYTES = 1_000_000
 MAX_VALUES = 100_000  # an alias counts each time it is used: nine lines of aliases can hold a billion values
@@ -40,29 +40,34 @@ _SCALAR_KINDS = {"str", *(name for name, _, _ in _CORE_SCHEMA)}
 _ENV = re.compile(r"\$\{env:([^}]*)\}")
 
 
-class _CoreResolver(BaseResolver):
-    """The core schema alone, whatever a `%YAML 1.1` line asks for."""
+class CoreResolver(BaseResolver):
+    """Which plain text is a number, a boolean or null: the core schema alone, whatever a `%YAML 1.1` line asks for."""
 
     def __init__(self, version: Any = None, loader: Any = None) -> None:
         super().__init__(loader)
 
     @property
     def processing_version(self) -> tuple[int, int]:
+        """Always 1.2."""
         return (1, 2)
 
 
 for _name, _pattern, _first in _CORE_SCHEMA:
-    _CoreResolver.add_implicit_resolver_base(_TAG + _name, re.compile(f"(?:{_pattern})\\Z"), _first)
+    CoreResolver.add_implicit_resolver_base(_TAG + _name, re.compile(f"(?:{_pattern})\\Z"), _first)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A YAML file: `data` as plain values, the `places` of its keys, and the `problems` met so far."""
+    """A YAML file: `data` as plain values, the `places` of its keys, and the `problems` met so far.
+
+    `environment` has the text of each value that holds `${env:NAME}`, as it stands in the file.
+    """
 
     source: str
     data: Any
     places: dict[KeyPath, Place]
     problems: list[Problem] = field(default_factory=list)
+    environment: dict[KeyPath, str] = field(default_factory=dict)
 
     def place(self, path: KeyPath) -> Place:
         """The place of the key at `path`; of the nearest section around it when it is not in the file."""
@@ -85,7 +90,7 @@ def read_yaml(path: str) -> Document:
 def parse_yaml(text: str, *, source: str) -> Document:
     """`text` as a Document; its `data` may be any YAML value. ConfigError when it is not YAML."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.Resolver = _CoreResolver
+    yaml.Resolver = CoreResolver
     yaml.max_depth = MAX_DEPTH
     yaml.composer.warn_double_anchors = False  # YAML 1.2.2, 7.1: an anchor may be given anew
     lines = text.splitlines()
@@ -101,7 +106,9 @@ def parse_yaml(text: str, *, source: str) -> Document:
         raise ConfigError(f"{source}: a `\\U` escape names no character: {error}.") from error
     reader = _NodeReader(source, lines)
     data = reader.value(node, ()) if node is not None else None
-    return Document(source=source, data=data, places=reader.places, problems=reader.problems)
+    return Document(
+        source=source, data=data, places=reader.places, problems=reader.problems, environment=reader.environment
+    )
 
 
 def _read_text(path: str) -> str:
@@ -133,6 +140,7 @@ class _NodeReader:
         self._num_values = 0
         self.places: dict[KeyPath, Place] = {}
         self.problems: list[Problem] = []
+        self.environment: dict[KeyPath, str] = {}
 
     def value(self, node: Node, path: KeyPath) -> Any:
         self._num_values += 1
@@ -169,9 +177,10 @@ class _NodeReader:
             self._add(path, self._place(node), problem)
             return None
         if "${env:" in text:
+            self.environment[path] = text
             text = self._with_environment(text, path)
             if node.style is None:  # unquoted: read as if the variable's text stood here
-                tag = str(_CoreResolver().resolve(ScalarNode, text, (True, False)))
+                tag = str(CoreResolver().resolve(ScalarNode, text, (True, False)))
         try:
             return _scalar_value(tag.removeprefix(_TAG), text)
         except ValueError:
@@ -225,6 +234,8 @@ def _syntax_text(error: MarkedYAMLError, lines: list[str]) -> str:
     if "expected a single document" in str(error):
         return "A second document (`---`) begins here. A config file holds one."
     since = f"line {error.context_mark.line + 1}" if error.context_mark else ""
+    if "${env:" in line and "flow mapping" in str(error.context):
+        return "Inside `{ }` the braces of `${env:NAME}` mean something else. Write these keys on lines of their own."
     for context, what in _UNCLOSED.items():
         if context in str(error.context) and ("expected" in problem or "end of stream" in problem):
             return f"The {what} of {since} is not closed, or something is missing before this place."
@@ -244,11 +255,12 @@ def _place_at(text: str, position: int, source: str) -> Place:
     line_number, column = before.count("\n") + 1, position - (before.rfind("\n") + 1) + 1
     line = (text[position - column + 1 :].splitlines() or [""])[0]
     shown = "".join(character if character.isprintable() else "?" for character in line)
-    return Place(where=f"{source}:{line_number}:{column}", line=shown, line_number=line_number)
+    return Place(where=f"{source}:{line_number}:{column}", file=source, line=shown, line_number=line_number)
 
 
 def _place_of(mark: StringMark | None, source: str, lines: list[str]) -> Place:
     if mark is None:
         return Place(where=source)
     line = lines[mark.line] if mark.line < len(lines) else ""
-    return Place(where=f"{source}:{mark.line + 1}:{mark.column + 1}", line=line, line_number=mark.line + 1)
+    where = f"{source}:{mark.line + 1}:{mark.column + 1}"
+    return Place(where=where, file=source, line=line, line_number=mark.line + 1)

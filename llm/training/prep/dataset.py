@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pyarrow as pa
 
-from llm.errors import ConfigError, DataError, MissingExtraError, did_you_mean, quoted
+from llm.errors import ConfigError, DataError, LlmTrainError, did_you_mean, quoted
 from llm.registry import call_method, resolve_method
 from llm.terminal import library_bars_hidden, working
 from llm.training.config import DatasetConfig
+from llm.training.prep.source_error import first_line, source_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -124,25 +125,15 @@ def _text_cells(path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _call_loader(loader: Any, kwargs: dict[str, Any], key: str) -> Any:
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-
     try:
         return call_method(loader, kwargs=kwargs, key=key)
-    except (FileNotFoundError, DatasetNotFoundError) as error:
-        raise ConfigError(f"{key}: {_first_line(error)}") from error
-    except DatasetGenerationError as error:  # its own text says only that something went wrong
-        place = f" of `{kwargs.get('data_files') or kwargs.get('path')}`"
-        raise DataError(f"{key}: cannot read the rows{place}. {_first_line(error.__cause__ or error)}") from error
-    except StopIteration as error:  # what datasets raises for a file of no bytes
-        raise DataError(f"{key}: there is not one row. Give a file that has some.") from error
-    except ImportError as error:  # a file system or a decoder
-        raise MissingExtraError(f"{key}: {_first_line(error)}") from error
-    except (ValueError, TypeError, OSError) as error:  # unknown split or builder argument; unreadable file
-        if "corresponds to no data" in str(error):
-            raise DataError(f"{key}: there is not one row. Give a file that has some.") from error
-        if isinstance(error, TypeError) and "unexpected keyword" not in str(error):
-            raise  # a mistake in the code of a `module::name`, whose traceback its author needs
-        raise ConfigError(f"{key}: {_first_line(error)}") from error
+    except LlmTrainError:
+        raise
+    except Exception as error:  # each library has its own classes; `source_error` gives None for what is not its matter
+        told = source_error(error, kwargs, key)
+        if told is None:
+            raise
+        raise told from error
 
 
 def _one_split(found: Any, config: DatasetConfig, key: str) -> "Dataset":
@@ -169,12 +160,8 @@ def _with_lists(blocks: "Dataset", names: list[str], key: str) -> "Dataset":
         with library_bars_hidden():
             return blocks.map(_lists_of_json, batched=True, features=Features(kinds), fn_kwargs={"names": names})
     except (ValueError, TypeError, pa.ArrowInvalid) as error:
-        raise DataError(f"{key}: {quoted(names)} hold no lists of integers as JSON ({_first_line(error)}).") from error
+        raise DataError(f"{key}: {quoted(names)} hold no lists of integers as JSON ({first_line(error)}).") from error
 
 
 def _lists_of_json(batch: dict[str, list[str]], names: list[str]) -> dict[str, list[Any]]:
     return {name: [json.loads(text) for text in batch[name]] for name in names}
-
-
-def _first_line(error: BaseException | None) -> str:
-    return str(error).strip().splitlines()[0] if error and str(error).strip() else type(error).__name__

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from llm.chat_template import answer_places, split_system
 from llm.errors import DataError, did_you_mean, quoted
 from llm.prompt import Message
@@ -37,7 +39,7 @@ _REQUIRED = ("input", "response", "messages")
 _SHAREGPT_ROLES = dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), "assistant") | {"human": "user"}
 _ONE_MESSAGE = '{"role": "user", "content": "..."}'
 # Where a column that is called otherwise mostly holds the same: for the advice only.
-_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+_OTHER_NAMES: dict[ColumnName, tuple[str, ...]] = {
     "input": ("question", "prompt", "instruction", "query", "problem", "text", "document"),
     "response": ("answer", "completion", "output", "target", "solution", "summary", "label"),
 }
@@ -123,10 +125,34 @@ def iterate_rows(source: Source, *, batch_size: int) -> Iterator[list[Row]]:
     reader = source.dataset.select_columns(list(source.columns.values())).with_format("arrow")
     start = 0
     for table in reader.iter(batch_size=batch_size):
-        batch = {ours: table.column(theirs).to_pylist() for ours, theirs in source.columns.items()}
+        batch = {ours: _values(table, theirs, start) for ours, theirs in source.columns.items()}
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         yield [_row(start + place, row, source) for place, row in enumerate(rows)]
         start += table.num_rows
+
+
+def _values(table: pa.Table, column: str, start: int) -> list[Any]:
+    """A column's values; DataError for a row that is not UTF-8, which the readers of JSON let through."""
+    try:
+        return list(table.column(column).to_pylist())
+    except UnicodeDecodeError as error:
+        for place, value in enumerate(table.column(column)):
+            try:
+                value.as_py()
+            except UnicodeDecodeError:
+                row = f"{_KEY}: row {start + place} (counted from 0)"
+                raise DataError(f"{row}: `{column}` is not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
+        raise
+
+
+def guess_columns(names: Sequence[str]) -> dict[ColumnName, str]:
+    """Columns that most likely hold `input` and `response` under other names; none for what has its own name."""
+    found: dict[ColumnName, str] = {}
+    for ours, others in _OTHER_NAMES.items():
+        near = [name for name in others if name in names]
+        if ours not in names and near:
+            found[ours] = near[0]
+    return found
 
 
 def _row_format(dataset: "Dataset", given: Mapping[ColumnName, str]) -> RowFormat:
@@ -169,11 +195,7 @@ def _missing(source: Source, wanted: str) -> str:
     names = source.dataset.column_names
     near = did_you_mean(wanted, names)
     hint = f"{near} " if near.startswith("Did") else ""
-    guess = {
-        ours: next((name for name in others if name in names), "...")
-        for ours, others in _OTHER_NAMES.items()
-        if ours not in names
-    }
+    guess = {ours: guess_columns(names).get(ours, "...") for ours in _OTHER_NAMES if ours not in names}
     mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in guess.items())
     return (
         f"{_KEY}: the rows have no column `{wanted}`; they have {quoted(names)}. {hint}"

@@ -49,7 +49,7 @@ class Target:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the data set is a folder, with ledger and manifest in it; else they lie beside the file."""
+        """Whether the data set is a folder, with ledger, config and manifest in it; else they lie beside the file."""
         return self.manifest_path.startswith(f"{self.path}/")
 
     @property
@@ -63,6 +63,11 @@ class Target:
         return self.manifest_path.removesuffix("manifest.json") + "ledger.parquet"
 
     @property
+    def config_path(self) -> str:
+        """Where the resolved config goes."""
+        return self.manifest_path.removesuffix("manifest.json") + "dataprep.yaml"
+
+    @property
     def marker_path(self) -> str:
         """On an object store: there while a run writes, so that the next one knows what a killed run left."""
         return self.manifest_path.removesuffix("manifest.json") + "preparing"
@@ -71,7 +76,8 @@ class Target:
     def parts(self) -> list[Path]:
         """What is moved for a local data set: the folder, or the file and what lies beside it, manifest last."""
         main = Path(self.path)
-        return [main] if self.is_folder else [main, Path(self.ledger_path), Path(self.manifest_path)]
+        beside = [Path(path) for path in (self.ledger_path, self.config_path, self.manifest_path)]
+        return [main] if self.is_folder else [main, *beside]
 
     @property
     def work(self) -> Path:

@@ -1,9 +1,10 @@
-"""Stage 5, second half: blocks -> the data set at its target, then the ledger, then the manifest (last)."""
+"""Stage 5, second half: blocks -> the data set at its target, then ledger and config, then the manifest (last)."""
 
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ import pyarrow.parquet as pq
 
 from llm.registry import call_method, resolve_method
 from llm.terminal import library_bars_hidden, progress_bar, working
-from llm.training.config import MethodConfig
+from llm.training.config import DataPrepConfig, MethodConfig
+from llm.training.config_file import saved_data, saved_text
 from llm.training.prep.blocks import BLOCK_SCHEMA
 from llm.training.prep.manifest import Manifest, write_manifest
 from llm.training.prep.target import KEY, Target
@@ -57,11 +59,15 @@ def write_dataset(blocks: "Dataset", writer: MethodConfig, target: Target) -> No
         call_method(method, blocks, kwargs={**writer.kwargs, target.path_key: target.path}, key=KEY)
 
 
-def write_records(ledger: pa.Table, manifest: Manifest, target: Target) -> None:
-    """The ledger and then the manifest, beside the blocks: from here on the data set is complete."""
+def write_records(ledger: pa.Table, manifest: Manifest, config: DataPrepConfig, target: Target) -> None:
+    """Ledger, resolved config and then the manifest, beside the blocks: from here on the data set is complete."""
     with fsspec.open(target.ledger_path, "wb") as file:
         pq.write_table(ledger, file)
-    write_manifest(manifest, target.path)
+    saved = saved_data(config)
+    with fsspec.open(target.config_path, "w", encoding="utf-8", newline="\n") as file:
+        file.write(saved_text(saved, "dataprep"))
+    # What a variable of the environment holds is not written down: it may be a secret.
+    write_manifest(replace(manifest, source=manifest.source | saved["source_config"]), target.path)
 
 
 def to_csv(dataset: "Dataset", path_or_buf: str, **kwargs: Any) -> None:

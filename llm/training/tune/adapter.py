@@ -1,6 +1,7 @@
 """LoRA on the right modules, or the whole model for full fine-tuning: stage 6 of the road."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import fields
@@ -67,10 +68,16 @@ def _check_keys(settings: dict[str, Any]) -> None:
 
 def _check_names(model: nn.Module, key: str, names: str | Iterable[str] | None) -> None:
     """ConfigError for each listed name that is neither a module's name nor its end; peft would ignore it."""
-    # `all-linear`, or a pattern, which peft refuses when nothing matches
-    if names is None or isinstance(names, str):
+    if names is None or names == "all-linear":
         return
     modules = [name for name, _ in model.named_modules()]
+    if isinstance(names, str):  # a pattern of the whole name, for peft
+        if not any(re.fullmatch(names, module) for module in modules):
+            raise ConfigError(
+                f"lora_config.{key}: no module of this model matches `{names}`. Its linear modules: "
+                f"{', '.join(linear_module_names(model))}. As a list, `[{names}]`, these would be names."
+            )
+        return
     unmatched = [n for n in names if not any(m == n or m.endswith(f".{n}") for m in modules)]
     if unmatched:
         allowed = linear_module_names(model)

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from llm.errors import ConfigError
+from llm.errors import ConfigError, loading_reason
 from llm.model_registry import check_is_reachable
 from llm.training.config import FinetuneConfig
 from llm.training.tune.attention import NODE_ATTENTION
@@ -81,6 +81,18 @@ def resolve_precision(config: FinetuneConfig) -> Precision:
     return Precision(weights=fast, autocast=autocast, reason=reason)
 
 
+def warn_of_slow_autocast(config: FinetuneConfig) -> None:
+    """Says so when `training_arguments` ask for bfloat16 where the processor is slow in it."""
+    is_cuda = torch.cuda.is_available() and not config.training_arguments.get("use_cpu")
+    fast, reason = _fast_dtype(is_cuda=is_cuda)
+    if config.training_arguments.get("bf16") is True and fast is not torch.bfloat16:
+        logger.warning(
+            "training_arguments.bf16: %s, so bfloat16 is emulated, up to 25 times slower than float32. Leave "
+            "`bf16` out: the fast type is taken.",
+            reason,
+        )
+
+
 def _asked_precision(config: FinetuneConfig, *, is_cuda: bool, fast: torch.dtype) -> Precision:
     weights: torch.dtype = getattr(torch, config.torch_dtype)
     if weights is torch.float16 and not is_cuda:
@@ -122,7 +134,7 @@ def loading_errors(base_model: str) -> Iterator[None]:
     # transformers raises these for each: unknown id, no network, odd files
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"base_model: `{base_model}` cannot be loaded: {str(error).strip()}\nWrite a hub id that this "
+            f"base_model: `{base_model}` cannot be loaded: {loading_reason(error)}\nWrite a hub id that this "
             "machine can "
             "reach (a private one needs `hf auth login`), or the path of a folder that holds the model."
         ) from error

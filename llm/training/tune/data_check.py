@@ -176,8 +176,7 @@ class _Blocks:
             raise self._error(
                 int(block_of_token[worst]),
                 f"an example has {self.positions[worst] + 1} tokens, the model has positions for {limit}: "
-                "lower "
-                "`chunksize`, and",
+                f"`chunksize` must not be above {limit}",
             )
 
     def _refuse(self, is_wrong: npt.NDArray[np.bool_], reason: str) -> None:

@@ -1,7 +1,8 @@
 """`final_output`: the tuned model with all that inference needs, written as a whole: stage 9 of the road.
 
     final_output/   adapter (or model), tokenizer, chat template, generation_config.json,
-                    run.json (what made it), README.md, manifest.json (sizes and hashes)
+                    run.json (what made it), finetune.yaml (its config, to run again), README.md,
+                    manifest.json (sizes and hashes)
 
 Before anything is written, the exported chat template must give, for the sample rows of the prepared data,
 the very ids that were trained.
@@ -23,6 +24,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm.errors import CheckpointError
+from llm.training.config_file import saved_text
 from llm.training.prep.manifest import Manifest, Sample
 from llm.training.tune.whole_folder import swap_folder, write_folder_manifest
 
@@ -149,6 +151,8 @@ def _write_run(folder: Path, *, base_model: str, manifest: Manifest | None, run:
         "versions": {name: _version(name) for name in RECORDED_PACKAGES},
     }
     (folder / "run.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    if "config" in run:
+        (folder / "finetune.yaml").write_text(saved_text(run["config"], "finetune"), encoding="utf-8")
 
 
 def _version(package: str) -> str | None:

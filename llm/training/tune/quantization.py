@@ -7,16 +7,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from llm.errors import ConfigError, MissingExtraError
-from llm.training.config import DTYPES, FinetuneConfig
-
-# nf4 with double quantization and bfloat16 compute: the QLoRA recipe (https://arxiv.org/abs/2305.14314). The
-# library's own defaults are fp4 and float32.
-FOUR_BIT_DEFAULTS: dict[str, Any] = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "bnb_4bit_compute_dtype": "bfloat16",
-}
+from llm.training.config import DTYPES, FOUR_BIT_DEFAULTS, FinetuneConfig
 
 
 def quantization_config(config: FinetuneConfig) -> BitsAndBytesConfig | None:

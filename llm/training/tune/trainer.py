@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from llm.errors import ConfigError
+from llm.errors import ConfigError, DataError
 from llm.training.config import FinetuneConfig, default_training_arguments
-from llm.training.tune.base_model import resolve_precision
+from llm.training.tune.base_model import resolve_precision, warn_of_slow_autocast
 from llm.training.tune.collator import COLUMNS, Batch, flatten_blocks, pad_blocks
 from llm.training.tune.loss import has_logits_to_keep, sums_by_block, token_losses
 from llm.training.tune.tracking import resolve_report_to, tracking_arguments
@@ -50,6 +50,11 @@ class BlockTrainer(Trainer):
                 f"This process sees {args.n_gpu} GPUs and would cut blocks in pieces. Start one per GPU "
                 f"(torchrun --nproc-per-node {args.n_gpu} llm/training/finetune.py config.yaml), or show it "
                 "only one (CUDA_VISIBLE_DEVICES=0)."
+            )
+        if args.world_size > len(train_dataset):
+            raise DataError(
+                f"train_dataset_config: {len(train_dataset)} blocks cannot be shared among {args.world_size} ranks. "
+                "Start fewer (torchrun --nproc-per-node), or prepare more blocks (a smaller `chunksize`)."
             )
         super().__init__(
             model=model,
@@ -148,6 +153,7 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
     """
     precision = resolve_precision(config)
     given = config.training_arguments
+    warn_of_slow_autocast(config)
     if config.eval_dataset_config is None and given.get("eval_strategy", "no") not in ("no", False):
         raise ConfigError(
             f"training_arguments.eval_strategy: `{given['eval_strategy']}` needs blocks to evaluate. Add "

@@ -1,0 +1,92 @@
+"""What the tables of bad inputs share: one case is one input, given to the real command line in this process.
+
+`test_bad_dataprep.py` and `test_bad_finetune.py` hold the cases; `python tests/bad_inputs.py table.md` writes them with
+the message that each gets.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner, Result
+
+from llm.cli import app
+
+Prepare = Callable[[Path], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One bad input: its number in the list of bad inputs, what it is, what the command says and ends with.
+
+    `changes` are laid over a right config; `text` is the whole YAML file instead; `FOLDER` in them is the folder of the
+    test, which `prepare` changes first. Exit code 0 is for what is right, or is counted.
+    """
+
+    number: int
+    what: str
+    told: Sequence[str]
+    exit_code: int = 2
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    text: str | bytes | None = None
+    prepare: Prepare | None = None
+    arguments: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        """For pytest: `17 a row of a megabyte`."""
+        return f"{self.number} {self.what}"
+
+
+def run_case(case: Case, command: str, folder: Path, right: Mapping[str, Any]) -> Result:
+    """What the command line does with `case` in `folder`; `right` is the config that it changes."""
+    path = folder / f"{command}.yaml"
+    text = case.text if case.text is not None else json.dumps({**right, **case.changes}, indent=1)  # JSON is YAML
+    text = text.replace("FOLDER", str(folder)) if isinstance(text, str) else text
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return CliRunner().invoke(app, [command, str(path), *case.arguments])
+
+
+def check_told(case: Case, result: Result, folder: Path) -> None:
+    """The exit code, one error in it that tells all that it should, and no traceback."""
+    output = result.output.replace(f"{folder}/", "")
+    assert result.exit_code == case.exit_code, f"{result.exit_code}: {output}\n{result.exception!r}"
+    assert "Traceback" not in output
+    assert [line.startswith("error: ") for line in output.splitlines()].count(True) == (case.exit_code != 0)
+    assert [text for text in case.told if text not in output] == [], output
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` by its path; empty when there is no folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def tell(case: Case, result: Result, folder: Path, log: str = "") -> None:
+    """A line of the table, where BAD_INPUTS_TABLE names its file; `log`: what pytest caught of it."""
+    if table := os.environ.get("BAD_INPUTS_TABLE"):
+        output = (log + result.output).replace(f"{folder}/", "").strip()
+        message = output[output.find("error: ") :] if case.exit_code else output
+        message = message.replace("|", "\\|").replace("\n", "<br>")
+        with open(table, "a", encoding="utf-8") as file:
+            file.write(f"| {case.number} | {case.what} | {result.exit_code} | {message} |\n")
+
+
+def main(table: str) -> int:
+    """Runs all cases and writes the table of number, input, exit code and message to the file `table`."""
+    code = 0
+    for command in ("dataprep", "finetune"):
+        with open(table, "a", encoding="utf-8") as file:
+            file.write(f"\n## {command}\n\n| # | input | exit code | message |\n|---|---|---|---|\n")
+        tests = next(Path(__file__).parent.rglob(f"test_bad_{command}.py"))
+        environment = os.environ | {"BAD_INPUTS_TABLE": table}
+        code |= subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests)], env=environment).returncode
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
