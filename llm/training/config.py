@@ -111,6 +111,10 @@ def _has_no_output_dir(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def _auto_if_true(value: bool | str) -> bool | str:
+    return "auto" if value is True else value
+
+
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_canonical_dtype)]
 
 
@@ -151,9 +155,15 @@ class FinetuneConfig(StrictModel):
     quantization_config: dict[str, Any] | None = Field(
         default=None, description="Arguments of `BitsAndBytesConfig`, over those of the two keys above."
     )
-    resume_from_checkpoint: bool | str = Field(
-        default=True,
-        description="`true`: the newest whole checkpoint of `local_output`, if any; `false`: start anew; or a path.",
+    resume_from_checkpoint: Annotated[bool | str, AfterValidator(_auto_if_true)] = Field(
+        default="auto",
+        description="`auto` (or `true`): the newest whole checkpoint of `local_output`, else of an output path, if "
+        "any; `false`: start anew, older checkpoints are kept aside; or a path.",
+    )
+    allow_changed: list[str] = Field(
+        default_factory=list,
+        description="Settings that may differ from those of the checkpoint that is resumed, such as `max_steps`; the "
+        "error that refuses them names them.",
     )
     experiment_tracking_config: MethodConfig | None = Field(
         default=None,

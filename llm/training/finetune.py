@@ -26,8 +26,9 @@ from llm.training.tune.export import export_model
 from llm.training.tune.isolation import keeps_examples_apart
 from llm.training.tune.output_sync import OutputSync
 from llm.training.tune.progress import RunSummary, print_summary, summarize
-from llm.training.tune.resume import find_checkpoint
+from llm.training.tune.resume import find_start
 from llm.training.tune.run import run_training
+from llm.training.tune.run_record import run_record
 from llm.training.tune.trainer import BlockTrainer, merged_arguments, training_arguments
 
 
@@ -38,14 +39,15 @@ def finetune(config: FinetuneConfig) -> RunSummary:
     the run with a checkpoint, without `final_output`, by SystemExit (143 for SIGTERM, 130 for Ctrl-C).
     """
     arguments = training_arguments(config)
-    run = {"config": config.model_dump(mode="json"), "world_size": arguments.world_size}
     set_seed(arguments.seed)  # the Trainer does so too, but after the adapter has drawn its first weights
     tokenizer = load_tokenizer(config.base_model)
     blocks = open_blocks(config, tokenizer)
-    output_paths = config.additional_output_paths if arguments.should_save else []  # rank 0 copies
-    with OutputSync(config.local_output, output_paths) as mirror:
+    is_writer = arguments.should_save  # rank 0
+    with OutputSync(config.local_output, config.additional_output_paths if is_writer else []) as mirror:
         mirror.probe()
-        checkpoint = find_checkpoint(config, mirror)
+        record = run_record(config, arguments, blocks=blocks.train, tokenizer=tokenizer) if is_writer else {}
+        start = find_start(config, mirror, record)
+        run = record | {"id": start.run_id}
         model = load_base_model(config)
         is_flat = keeps_examples_apart(model, is_packed=check_data(blocks, model))
         adapted = add_adapter(model, config.lora_config, find_model(config.base_model).lora_config)
@@ -53,9 +55,9 @@ def finetune(config: FinetuneConfig) -> RunSummary:
             adapted, arguments, train_dataset=blocks.train, eval_dataset=blocks.evaluation, is_flat=is_flat
         )
         limit = merged_arguments(config)["save_total_limit"]
-        signals = run_training(trainer, adapted, checkpoint, mirror=mirror, save_total_limit=limit, run=run)
+        signals = run_training(trainer, adapted, start.checkpoint, mirror=mirror, save_total_limit=limit, run=run)
         result = signals.message
-        if not signals.interrupted and arguments.should_save:
+        if not signals.interrupted and is_writer:
             result = export_model(
                 adapted,
                 tokenizer,
@@ -65,7 +67,7 @@ def finetune(config: FinetuneConfig) -> RunSummary:
                 run=run,
             )
     summary = summarize(trainer.state, throughput=trainer.throughput, result=result)
-    if arguments.should_save:
+    if is_writer:
         print_summary(summary)
     trainer.end()  # type: ignore[no-untyped-call]
     if signals.interrupted:

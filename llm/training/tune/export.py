@@ -8,7 +8,6 @@ the very ids that were trained.
 """
 
 import copy
-import importlib.metadata
 import json
 import logging
 import os
@@ -23,11 +22,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llm.errors import CheckpointError
 from llm.training.prep.manifest import Manifest, Sample
+from llm.training.tune.run_record import package_versions
 from llm.training.tune.whole_folder import swap_folder, write_folder_manifest
 
 logger = logging.getLogger(__name__)
 FINAL_OUTPUT = "final_output"
-RECORDED_PACKAGES = ("llm-train", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 # What `generate` warns of, and `save_pretrained` refuses, unless `do_sample` is set.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -138,16 +137,9 @@ def _write_run(folder: Path, *, base_model: str, manifest: Manifest | None, run:
         "base_model": base_model,
         **run,
         "data": asdict(manifest) if manifest else None,
-        "versions": {name: _version(name) for name in RECORDED_PACKAGES},
+        "versions": package_versions(),
     }
     (folder / "run.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a clone that was not installed
-        return None
 
 
 def _write_readme(folder: Path, base_model: str, *, is_adapter: bool) -> None:

@@ -1,7 +1,7 @@
 """The copy of `local_output` at one output path: brought up to date, checked, and fetched back.
 
-What we wrote is listed with sizes and hashes in `INDEX`: so a changed file of the same size is seen, and
-nothing else is ever deleted. Of a whole folder the manifest arrives last and goes first.
+`INDEX` lists what we wrote, with sizes and hashes, and of which run: so a changed file of the same size is
+seen, and nothing else is ever deleted. Of a whole folder the manifest arrives last and goes first.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.training.tune.checkpoints import CHECKPOINT, list_checkpoints
+from llm.training.tune.checkpoint_folder import CHECKPOINT, list_checkpoints, run_id_of
 from llm.training.tune.output_store import OutputStore
 from llm.training.tune.whole_folder import (
     MANIFEST,
@@ -32,6 +32,7 @@ from llm.training.tune.whole_folder import (
 logger = logging.getLogger(__name__)
 INDEX = ".llm-train-index.json"
 FINAL_OUTPUT = "final_output"
+Check = Callable[[str, dict[str, Any]], None]
 READ_BACK_BYTES = 64 * 2**20  # larger files are verified by size: reading them back costs as much as writing
 
 
@@ -39,11 +40,13 @@ READ_BACK_BYTES = 64 * 2**20  # larger files are verified by size: reading them 
 class Part:
     """What is copied as one: a whole folder, or (with an empty `name`) the run's other files.
 
-    Names of files are relative to `local_output`: `checkpoint-10/optimizer.pt`.
+    Names of files are relative to `local_output`: `checkpoint-10/optimizer.pt`. `run_id`: of a checkpoint, the
+    run that wrote it.
     """
 
     name: str
     files: dict[str, FileFact]
+    run_id: str | None = None
 
     @property
     def marker(self) -> str | None:
@@ -67,12 +70,14 @@ def _whole_part(local_output: str, name: str) -> Part | None:
     folder = os.path.join(local_output, name)
     if os.path.islink(folder) or find_damage(folder, check_hashes=False):
         return None
-    files = {f"{name}/{file}": fact for file, fact in read_folder_manifest(folder)["files"].items()}
+    manifest = read_folder_manifest(folder)
+    files = {f"{name}/{file}": fact for file, fact in manifest["files"].items()}
     linked = [file for file in files if Path(local_output, file).is_symlink()]
     if linked:
         logger.warning("%s is not copied: %s is a link", folder, linked[0])
         return None
-    return Part(name=name, files=files | {f"{name}/{MANIFEST}": fact_of(Path(folder, MANIFEST))})
+    files[f"{name}/{MANIFEST}"] = fact_of(Path(folder, MANIFEST))
+    return Part(name=name, files=files, run_id=run_id_of(manifest) if CHECKPOINT.fullmatch(name) else None)
 
 
 def _is_run_file(name: str) -> bool:
@@ -93,6 +98,7 @@ class OutputPath:
         Then the checkpoints that we wrote and that are older than ours and gone locally are deleted.
         """
         index = self._read_index()
+        self._disown_other_run(parts, index)
         for part in parts:
             on_part(part.name)
             try:
@@ -126,13 +132,17 @@ class OutputPath:
         steps = [int(match[1]) for match in matches if match]
         return sorted((step for step in steps if newest is None or step <= newest), reverse=True)
 
-    def fetch(self, step: int, local_output: str) -> str | None:
-        """The path of `checkpoint-<step>`, copied into `local_output`; None when it is not whole."""
+    def fetch(self, step: int, local_output: str, check: Check) -> str | None:
+        """The path of `checkpoint-<step>`, copied into `local_output`; None when it is not whole, or not of the run
+        whose copy this is. `check` is given its URL and manifest first."""
         name = f"checkpoint-{step}"
         aside = Path(local_output, f".{name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         try:
             manifest = parse_folder_manifest(self.store.read(f"{name}/{MANIFEST}"))
+            if self._read_index()["run"] not in (None, run_id_of(manifest)):
+                raise Damage("another run wrote it")
+            check(f"{self.store.url}/{name}", manifest)
             for file in [*manifest["files"], MANIFEST]:
                 self.store.get(f"{name}/{file}", aside / file)
             damage = find_damage(str(aside))
@@ -191,6 +201,22 @@ class OutputPath:
                 raise
             raise Damage(f"{name} is gone") from error
 
+    def _disown_other_run(self, parts: list[Part], index: dict[str, Any]) -> None:
+        """Makes this the copy of the run of `parts`; checkpoints that another run copied here are no longer ours."""
+        run_id = next((part.run_id for part in parts if part.run_id), None)
+        if run_id in (None, index["run"]):
+            return
+        if index["run"] is not None:
+            others = {name.split("/")[0] for name in index["files"] if CHECKPOINT.fullmatch(name.split("/")[0])}
+            listed = ", ".join(sorted(others)) or "no checkpoint"
+            logger.warning(
+                "%s held the copy of another run: its %s stay there, unless overwritten", self.store.url, listed
+            )
+            index["files"] = {n: fact for n, fact in index["files"].items() if n.split("/")[0] not in others}
+            index["newest"] = None
+        index["run"] = run_id
+        self._write_index(index)
+
     def _delete_rotated(self, steps: list[int], index: dict[str, Any]) -> None:
         newest, files = max(steps), index["files"]
         owned = {name: CHECKPOINT.fullmatch(name.split("/")[0]) for name in files}
@@ -222,12 +248,12 @@ class OutputPath:
     def _read_index(self) -> dict[str, Any]:
         try:
             index = json.loads(self.store.read(INDEX))
-            return {"newest": index["newest"], "files": dict(index["files"])}
+            return {"run": index.get("run"), "newest": index["newest"], "files": dict(index["files"])}
         except FileNotFoundError:
-            return {"newest": None, "files": {}}
+            return {"run": None, "newest": None, "files": {}}
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s/%s cannot be read (%s): all is copied again", self.store.url, INDEX, error)
-            return {"newest": None, "files": {}}
+            return {"run": None, "newest": None, "files": {}}
 
     def _write_index(self, index: dict[str, Any]) -> None:
         self.store.write(INDEX, json.dumps({"format_version": 1, **index}, indent=1, ensure_ascii=False).encode())

@@ -10,10 +10,11 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-from llm.errors import CheckpointError, ConfigError
-from llm.training.tune.checkpoints import newest_whole_checkpoint
-from llm.training.tune.output_path import OutputPath, Part, plan_parts
+from llm.errors import CheckpointError, ConfigError, LlmTrainError
+from llm.training.tune.checkpoint_folder import newest_whole_checkpoint
+from llm.training.tune.output_path import Check, OutputPath, Part, plan_parts
 from llm.training.tune.output_store import OutputStore
+from llm.training.tune.whole_folder import read_folder_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -64,20 +65,23 @@ class OutputSync:
         for path in self._paths:
             path.store.probe()
 
-    def restore(self) -> str | None:
+    def restore(self, check: Check = lambda path, manifest: None) -> str | None:
         """The newest whole checkpoint of `local_output`, else of the output paths, fetched and verified.
 
-        None when there is none anywhere. CheckpointError when a path cannot be read: a run must not start
-        anew only because a network is down.
+        None when there is none anywhere. `check` may refuse one by an error, before it is fetched.
+        CheckpointError when a path cannot be read: a run must not start anew only because a network is down.
         """
         local = newest_whole_checkpoint(self.local_output)
-        if local or not self._paths:
+        if local:
+            check(local, read_folder_manifest(local))
             return local
         found = [(step, number) for number, path in enumerate(self._paths) for step in _list_steps(path)]
         for step, number in sorted(found, key=lambda entry: (-entry[0], entry[1])):
             path = self._paths[number]
             try:
-                fetched = path.fetch(step, self.local_output)
+                fetched = path.fetch(step, self.local_output, check)
+            except LlmTrainError:
+                raise
             except Exception as error:  # each file system has its own error classes
                 raise _cannot_read(path, error) from error
             if fetched:
