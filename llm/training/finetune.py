@@ -22,12 +22,13 @@ from llm.training.config import FinetuneConfig
 from llm.training.tune.adapter import add_adapter
 from llm.training.tune.base_model import load_base_model, load_tokenizer
 from llm.training.tune.data_check import check_data, open_blocks
-from llm.training.tune.export import export_model
+from llm.training.tune.export import export_model, final_output_path
 from llm.training.tune.isolation import keeps_examples_apart
 from llm.training.tune.output_sync import OutputSync
-from llm.training.tune.progress import RunSummary, print_summary, summarize
+from llm.training.tune.progress import RunSummary
 from llm.training.tune.resume import find_start
-from llm.training.tune.run import run_training
+from llm.training.tune.run import end_training, run_training, stop_training
+from llm.training.tune.run_lock import only_writer
 from llm.training.tune.run_record import run_record
 from llm.training.tune.trainer import BlockTrainer, merged_arguments, training_arguments
 
@@ -43,7 +44,11 @@ def finetune(config: FinetuneConfig) -> RunSummary:
     tokenizer = load_tokenizer(config.base_model)
     blocks = open_blocks(config, tokenizer)
     is_writer = arguments.should_save  # rank 0
-    with OutputSync(config.local_output, config.additional_output_paths if is_writer else []) as mirror:
+    output_paths = config.additional_output_paths if is_writer else []
+    with (
+        only_writer(config.local_output, is_needed=is_writer),
+        OutputSync(config.local_output, output_paths) as mirror,
+    ):
         mirror.probe()
         record = run_record(config, arguments, blocks=blocks.train, tokenizer=tokenizer) if is_writer else {}
         start = find_start(config, mirror, record)
@@ -56,9 +61,10 @@ def finetune(config: FinetuneConfig) -> RunSummary:
         )
         limit = merged_arguments(config)["save_total_limit"]
         signals = run_training(trainer, adapted, start.checkpoint, mirror=mirror, save_total_limit=limit, run=run)
-        result = signals.message
-        if not signals.interrupted and is_writer:
-            result = export_model(
+        if signals.interrupted:
+            stop_training(trainer, signals, mirror)
+        if is_writer:
+            export_model(
                 adapted,
                 tokenizer,
                 blocks.manifest,
@@ -66,10 +72,4 @@ def finetune(config: FinetuneConfig) -> RunSummary:
                 base_model=config.base_model,
                 run=run,
             )
-    summary = summarize(trainer.state, throughput=trainer.throughput, result=result)
-    if is_writer:
-        print_summary(summary)
-    trainer.end()  # type: ignore[no-untyped-call]
-    if signals.interrupted:
-        raise SystemExit(signals.exit_code)
-    return summary
+    return end_training(trainer, result=final_output_path(config.local_output))

@@ -51,7 +51,7 @@ def export_model(
         exported.chat_template = manifest.chat_template or exported.chat_template
         for sample in manifest.samples:
             _check_prompt(exported, sample)
-    target = os.path.join(local_output, FINAL_OUTPUT)
+    target = final_output_path(local_output)
     aside = Path(local_output, f".{FINAL_OUTPUT}.tmp")
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
     aside.mkdir(parents=True)
@@ -64,6 +64,11 @@ def export_model(
     write_folder_manifest(str(aside))
     swap_folder(str(aside), target)
     return target
+
+
+def final_output_path(local_output: str) -> str:
+    """Where the result of a run is."""
+    return os.path.join(local_output, FINAL_OUTPUT)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, contexts: list[str]) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from llm.training.tune.checkpoint_folder import CHECKPOINT, list_checkpoints, run_id_of
 from llm.training.tune.output_store import OutputStore
+from llm.training.tune.run_lock import LOCK
 from llm.training.tune.whole_folder import (
     MANIFEST,
     UNCOUNTED,
@@ -83,7 +84,7 @@ def _whole_part(local_output: str, name: str) -> Part | None:
 def _is_run_file(name: str) -> bool:
     top, base = name.split("/")[0], os.path.basename(name)
     is_in_part = top.startswith(("checkpoint-", ".checkpoint-", FINAL_OUTPUT, f".{FINAL_OUTPUT}")) and top != name
-    return not is_in_part and base != INDEX and base not in UNCOUNTED and not base.endswith(".tmp")
+    return not is_in_part and base not in (INDEX, LOCK) and base not in UNCOUNTED and not base.endswith(".tmp")
 
 
 class OutputPath:
@@ -92,22 +93,24 @@ class OutputPath:
     def __init__(self, store: OutputStore) -> None:
         self.store = store
 
-    def copy(self, local_output: str, parts: list[Part], *, on_part: Callable[[str], None]) -> None:
-        """Brings the copy up to `parts`; `on_part` is told the name of each before it is read.
+    def copy(self, local_output: str, parts: list[Part], *, on_part: Callable[[str], None]) -> list[str]:
+        """Brings the copy up to `parts`, gives the files written; `on_part` is told each part before it is read.
 
         Then the checkpoints that we wrote and that are older than ours and gone locally are deleted.
         """
         index = self._read_index()
         self._disown_other_run(parts, index)
+        written: list[str] = []
         for part in parts:
             on_part(part.name)
             try:
-                self._copy_part(local_output, part, index)
+                written += self._copy_part(local_output, part, index)
             except Damage as damage:  # rotated away meanwhile, or damaged: never a reason to stop the others
                 logger.warning("%s is not copied: %s", part.name or "a run file", damage)
         steps = [int(match[1]) for part in parts if (match := CHECKPOINT.fullmatch(part.name))]
         if steps:
             self._delete_rotated(steps, index)
+        return written
 
     def find_missing(self, parts: list[Part]) -> dict[str, str]:
         """File -> why it does not count: absent, another size or (up to `READ_BACK_BYTES`) other content."""
@@ -155,12 +158,12 @@ class OutputPath:
         swap_folder(str(aside), os.path.join(local_output, name))
         return os.path.join(local_output, name)
 
-    def _copy_part(self, local_output: str, part: Part, index: dict[str, Any]) -> None:
+    def _copy_part(self, local_output: str, part: Part, index: dict[str, Any]) -> list[str]:
         files, sizes = index["files"], self._sizes(part)
         todo = [n for n, fact in part.files.items() if files.get(n) != asdict(fact) or sizes.get(n) != fact.size]
         stale = [n for n in files if part.marker and n.startswith(f"{part.name}/") and n not in part.files]
         if not todo and not stale:
-            return
+            return []
         files |= dict.fromkeys(todo)  # the claim comes first: what a kill leaves is ours to replace or delete
         self._write_index(index)
         if part.name == FINAL_OUTPUT and self.store.is_local and set(sizes) <= set(files):
@@ -171,6 +174,7 @@ class OutputPath:
             del files[name]
         files |= {name: asdict(part.files[name]) for name in part.files}
         self._write_index(index)
+        return todo
 
     def _replace_whole(self, local_output: str, part: Part) -> None:
         aside = f".{part.name}.tmp"
