@@ -105,9 +105,14 @@ def _a_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _has_no_output_dir(arguments: dict[str, Any]) -> dict[str, Any]:
+def _can_be_resumed(arguments: dict[str, Any]) -> dict[str, Any]:
     if "output_dir" in arguments:
         raise ValueError("`output_dir` is set by the key `local_output`")
+    if arguments.get("save_only_model") is True:
+        raise ValueError(
+            "`save_only_model: true` saves no optimizer, scheduler and random state: no run could go on from such a "
+            "checkpoint. Delete it; `final_output` holds the model alone"
+        )
     return arguments
 
 
@@ -136,7 +141,7 @@ class FinetuneConfig(StrictModel):
         default_factory=list,
         description="fsspec URLs that `local_output` is copied to at every checkpoint and at the end.",
     )
-    training_arguments: Annotated[dict[str, Any], AfterValidator(_has_no_output_dir)] = Field(
+    training_arguments: Annotated[dict[str, Any], AfterValidator(_can_be_resumed)] = Field(
         default_factory=dict,
         description="Anything that Hugging Face `TrainingArguments` takes, over `default_training_arguments`.",
     )

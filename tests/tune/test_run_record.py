@@ -226,3 +226,13 @@ def test_resume_is_auto_by_default_and_true_is_another_word_for_it(line: str, tm
 def load(folder: Path, line: str) -> FinetuneConfig:
     (folder / "c.yaml").write_text(f"base_model: x/y\ntrain_dataset_config: blocks\nlocal_output: out\n{line}\n")
     return load_config(str(folder / "c.yaml"), FinetuneConfig)
+
+
+def test_save_only_model_is_refused_in_the_config(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"c.yaml:4:\d+  training_arguments.save_only_model[^`]*`save_only_model: true`"
+    ):
+        load(tmp_path, "training_arguments: {seed: 1, save_only_model: true}")
+    assert load(tmp_path, "training_arguments: {save_only_model: false}").training_arguments == {
+        "save_only_model": False
+    }

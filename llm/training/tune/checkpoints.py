@@ -15,7 +15,7 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,7 +54,8 @@ class CheckpointCallback(TrainerCallback):
 
     `save_total_limit` whole ones are kept (None: all); the Trainer's own `save_total_limit` must be None,
     since it rotates before the new checkpoint is whole. `run` is written into each manifest; whole ones of
-    another `id` than its own are set aside. `mirror` is asked for a copy after each. Put it after every
+    another `id` than its own are set aside. `mirror` is asked for a copy after each. `describe_step` words,
+    for an error, what the last step was. Put it after every
     callback that may ask for a save. Raises LlmTrainError for NaN or infinity, and CheckpointError when the
     disk is full.
     """
@@ -65,10 +66,12 @@ class CheckpointCallback(TrainerCallback):
         save_total_limit: int | None = 3,
         run: dict[str, Any] | None = None,
         mirror: Mirror | None = None,
+        describe_step: Callable[[], str] | None = None,
     ) -> None:
         self.save_total_limit = save_total_limit
         self.run = run or {}
         self.mirror = mirror
+        self.describe_step = describe_step
         self._saving: str | None = None  # the folder that Trainer is about to write or writes
         self._saved_step: int | None = None
         self._last_size_bytes = 0
@@ -101,10 +104,11 @@ class CheckpointCallback(TrainerCallback):
         # The largest entry, not the root of the sum of squares: that one can overflow with finite gradients.
         if not torch.nn.utils.get_total_norm(gradients.values(), norm_type=float("inf")).isfinite():
             rate = kwargs["lr_scheduler"].get_last_lr()[0]
+            described = f" {self.describe_step()}" if self.describe_step else ""
             raise LlmTrainError(
                 f"Step {state.global_step + 1}: the gradient of `{_first_not_finite(gradients)}` is not "
-                f"finite (learning rate {rate:.3g}). The weights were not changed; {_what_is_safe(args)}. "
-                "Lower `training_arguments: learning_rate`, or look for a block without a trained token."
+                f"finite (learning rate {rate:.3g}).{described} The weights were not changed; {_what_is_safe(args)}. "
+                "Lower `training_arguments: learning_rate`, or look at these rows."
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -29,7 +29,9 @@ def run_training(
     When `checkpoint` is the last one, only its weights are loaded.
     """
     signals, progress = SignalCallback(), ProgressCallback()
-    checkpoints = CheckpointCallback(save_total_limit=save_total_limit, run=run, mirror=mirror)
+    checkpoints = CheckpointCallback(
+        save_total_limit=save_total_limit, run=run, mirror=mirror, describe_step=trainer.describe_step
+    )
     for callback in (progress, signals, checkpoints):  # the last one sees what the others ask for
         trainer.add_callback(callback)
     with signals, progress, checkpoints.clear_failed_save():
