@@ -135,6 +135,7 @@ def test_what_has_no_part_in_training_may_change(
     arguments = {"logging_steps": 2, "save_steps": 1, "per_device_eval_batch_size": 1, "save_total_limit": 9}
     finetune(make_config(folder, folder / "moved", training_arguments=RUN | arguments))
     assert are_equal(exported_weights(folder), exported_weights(finished))
+    assert (folder / "out/checkpoint-3").is_dir()  # the new `save_steps` count
     assert not [record for record in caplog.records if "checkpoint-2" in record.getMessage()]
 
 

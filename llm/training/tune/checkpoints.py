@@ -81,6 +81,8 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         """Makes the folder ready: ends deletions that were cut short, sets later checkpoints aside."""
         assert args.save_total_limit is None, "rotation is ours: give Trainer save_total_limit=None"
+        # Else the `save_steps` (and so on) of a resumed checkpoint win over the config's (transformers 5.23).
+        state.compute_steps(args, state.max_steps)
         if not args.should_save or not os.path.isdir(str(args.output_dir)):
             return
         for rotated in Path(str(args.output_dir)).glob("checkpoint-*.rotated*"):

@@ -86,7 +86,7 @@ def run_record(
             "base_model": base_model_fingerprint(config.base_model),
             "train_dataset_config": blocks_fingerprint(blocks),
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "torch_dtype": str(resolve_precision(config).weights).removeprefix("torch."),
+            "torch_dtype": config.torch_dtype if config.torch_dtype != "auto" else _fast_dtype(config),
             "quantization_config": quantization_settings(config) if config.is_quantized else None,
             "lora_config": None if lora is None else find_model(config.base_model).lora_config | lora,
             "world_size": arguments.world_size,
@@ -182,6 +182,10 @@ def base_model_fingerprint(base_model: str) -> str:
 def package_versions() -> dict[str, str | None]:
     """The versions of what trains; None for what is not installed as a package."""
     return {name: _version(name) for name in RECORDED_PACKAGES}
+
+
+def _fast_dtype(config: FinetuneConfig) -> str:
+    return str(resolve_precision(config).weights).removeprefix("torch.")
 
 
 def _version(package: str) -> str | None:
