@@ -12,10 +12,11 @@ from fault_helpers import FailingProxy, whole_folder
 from test_finetune import make_config, prepare_blocks, save_base_model
 from test_output_sync import quick, remote, s3, server, target, tree
 
-from llm.errors import ConfigError
-from llm.training.config import FinetuneConfig
+from llm.errors import CheckpointError, ConfigError
+from llm.training.config import DatasetConfig, FinetuneConfig
 from llm.training.finetune import finetune
 from llm.training.tune.checkpoint_folder import run_id_of
+from llm.training.tune.output_sync import complete_copies
 from llm.training.tune.whole_folder import read_folder_manifest
 
 __all__ = ["s3", "server", "target"]  # fixtures
@@ -101,3 +102,44 @@ def test_new_run_at_an_output_path_neither_deletes_nor_restores_what_the_old_one
     assert restored == str(tmp_path / "empty/checkpoint-10")
     assert json.loads((tmp_path / "empty/checkpoint-10/manifest.json").read_text())["run"]["id"] == "new"
     assert os.listdir(tmp_path / "empty") == ["checkpoint-10"]
+
+
+def test_sync_of_a_machine_that_the_run_has_left_copies_nothing(target: str, s3: FailingProxy, tmp_path: Path) -> None:
+    make_run(tmp_path / "here", "run", [10, 20])
+    quick(tmp_path / "here", target).close()
+    copied = remote(target)
+    make_run(tmp_path / "left", "run", [5, 10])
+    config = FinetuneConfig(
+        base_model="x/y",
+        train_dataset_config=DatasetConfig(kwargs={"path": "x"}),
+        local_output=str(tmp_path / "left"),
+        additional_output_paths=[target],
+    )
+    with pytest.raises(CheckpointError, match="has checkpoint-20 of this run, newer than all in"):
+        complete_copies(config)
+    assert remote(target) == copied
+    complete_copies(config.model_copy(update={"local_output": str(tmp_path / "here")}))
+
+
+def test_machine_that_the_run_had_left_goes_on_from_the_newer_copy(
+    target: str, s3: FailingProxy, tmp_path: Path
+) -> None:
+    make_run(tmp_path / "here", "run", [10, 20])
+    quick(tmp_path / "here", target).close()
+    make_run(tmp_path / "left", "run", [5, 10])
+    assert quick(tmp_path / "left", target).restore() == str(tmp_path / "left/checkpoint-20")
+    make_run(tmp_path / "other", "other", [10])
+    assert quick(tmp_path / "other", target).restore() == str(tmp_path / "other/checkpoint-10")
+    make_run(tmp_path / "back", "run", [5, 20])
+    (tmp_path / "back/checkpoint-20").rename(tmp_path / "back/checkpoint-20.ahead")  # resumed from 5 on purpose
+    assert quick(tmp_path / "back", target).restore() == str(tmp_path / "back/checkpoint-10")
+
+
+def test_path_that_is_down_does_not_keep_a_run_from_its_local_checkpoint(
+    s3: FailingProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_run(tmp_path / "out", "run", [10])
+    quick(tmp_path / "out", "s3://bucket/run").close()
+    s3.fails = lambda method, path: 403
+    assert quick(tmp_path / "out", "s3://bucket/run").restore() == str(tmp_path / "out/checkpoint-10")
+    assert "s3://bucket/run cannot be read" in caplog.text

@@ -135,6 +135,19 @@ class OutputPath:
         steps = [int(match[1]) for match in matches if match]
         return sorted((step for step in steps if newest is None or step <= newest), reverse=True)
 
+    def run_id(self) -> str | None:
+        """The run whose copy this is; None when there is none, or it does not say."""
+        run_id: str | None = self._read_index()["run"]
+        return run_id
+
+    def newer_step(self, parts: list[Part]) -> int | None:
+        """The step of the newest checkpoint here, when it is of the run of `parts` and newer than theirs."""
+        index, newest = self._read_index(), next((part for part in parts if part.run_id), None)
+        if newest is None or index["newest"] is None or index["run"] != newest.run_id:
+            return None
+        here: int = index["newest"]
+        return here if here > int(newest.name.removeprefix("checkpoint-")) else None
+
     def fetch(self, step: int, local_output: str, check: Check) -> str | None:
         """The path of `checkpoint-<step>`, copied into `local_output`; None when it is not whole, or not of the run
         whose copy this is. `check` is given its URL and manifest first."""

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from llm.errors import CheckpointError, ConfigError, LlmTrainError
 from llm.training.config import FinetuneConfig
-from llm.training.tune.checkpoint_folder import newest_whole_checkpoint
+from llm.training.tune.checkpoint_folder import newest_whole_checkpoint, run_id_of
 from llm.training.tune.output_path import Check, OutputPath, Part, plan_parts
 from llm.training.tune.output_store import OutputStore
 from llm.training.tune.run_lock import only_writer
@@ -75,28 +75,65 @@ class OutputSync:
             path.store.probe()
 
     def restore(self, check: Check = lambda path, manifest: None) -> str | None:
-        """The newest whole checkpoint of `local_output`, else of the output paths, fetched and verified.
+        """The newest whole checkpoint of `local_output` and the output paths, fetched and verified; None for none.
 
-        None when there is none anywhere. `check` may refuse one by an error, before it is fetched.
+        Where `local_output` has one, a path counts only with newer ones of the same run, and may be down. Else
         CheckpointError when a path cannot be read: a run must not start anew only because a network is down.
+        `check` may refuse a checkpoint by an error, before it is fetched.
         """
         local = newest_whole_checkpoint(self.local_output)
         if local:
             check(local, read_folder_manifest(local))
-            return local
-        found = [(step, number) for number, path in enumerate(self._paths) for step in _list_steps(path)]
-        for step, number in sorted(found, key=lambda entry: (-entry[0], entry[1])):
-            path = self._paths[number]
+        found = [(step, path) for path in self._paths for step in self._list_steps(path, local)]
+        for step, path in sorted(found, key=lambda entry: -entry[0]):
             try:
                 fetched = path.fetch(step, self.local_output, check)
             except LlmTrainError:
                 raise
             except Exception as error:  # each file system has its own error classes
-                raise _cannot_read(path, error) from error
+                if local is None:
+                    raise _cannot_read(path, error) from error
+                logger.warning("%s cannot be read (%s): going on from %s", path.store.url, error, local)
+                continue
             if fetched:
                 logger.warning("Resuming from a copy: %s was fetched from %s", fetched, path.store.url)
                 return fetched
-        return None
+        return local
+
+    def _list_steps(self, path: OutputPath, local: str | None) -> list[int]:
+        """Steps at `path` to go on from; beside a `local` checkpoint newer ones of its run, not set aside here."""
+        try:
+            steps = path.list_steps()
+            if local is None:
+                return steps
+            manifest = read_folder_manifest(local)
+            if run_id_of(manifest) is None or path.run_id() != run_id_of(manifest):
+                return []
+            return [step for step in steps if step > manifest["step"] and not self._was_left(step)]
+        except Exception as error:  # each file system has its own error classes
+            if local is None:
+                raise _cannot_read(path, error) from error
+            logger.warning("%s cannot be read (%s): going on from %s", path.store.url, error, local)
+            return []
+
+    def _was_left(self, step: int) -> bool:
+        """Whether this run was once resumed from before `step`, on purpose."""
+        return any(Path(self.local_output).glob(f"checkpoint-{step}.ahead*"))
+
+    def refuse_older(self) -> None:
+        """CheckpointError when the copy at a path is ahead of `local_output`: the run went on on another machine."""
+        parts = plan_parts(self.local_output)
+        for path in self._paths:
+            try:
+                newer = path.newer_step(parts)
+            except Exception:  # each file system has its own error classes; what is down `close` will tell
+                continue
+            if newer:
+                raise CheckpointError(
+                    f"`{path.store.url}` has checkpoint-{newer} of this run, newer than all in `{self.local_output}`: "
+                    "the run went on elsewhere, and nothing was copied. Sync there, or finetune here, which goes on "
+                    "from the newest of all."
+                )
 
     def sync(self) -> None:
         """Asks for a copy and returns at once; while one runs, any number of calls make one more."""
@@ -197,13 +234,6 @@ def _copied_text(parts: list[Part], written: set[str]) -> str:
     return f"{len(facts)} files verified; {copied}"
 
 
-def _list_steps(path: OutputPath) -> list[int]:
-    try:
-        return path.list_steps()
-    except Exception as error:  # each file system has its own error classes
-        raise _cannot_read(path, error) from error
-
-
 def _cannot_read(path: OutputPath, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"`{path.store.url}` cannot be read ({type(error).__name__}: {error}), and `local_output` holds no "
@@ -232,7 +262,7 @@ def complete_copies(config: FinetuneConfig) -> list[CopyReport]:
     """Brings the copies of a run's `local_output` at all `additional_output_paths` up to date, and verifies them.
 
     Needs neither the model nor the data. ConfigError without an output path; CheckpointError when there is
-    nothing whole to copy, when a run is going on there, or for a copy that is not whole.
+    nothing whole to copy, a run is going on there or went on elsewhere, and for a copy that is not whole.
     """
     if not config.additional_output_paths:
         raise ConfigError("`additional_output_paths` is empty: write the paths that `local_output` is to be copied to.")
@@ -241,4 +271,6 @@ def complete_copies(config: FinetuneConfig) -> list[CopyReport]:
             f"`{config.local_output}` holds no whole checkpoint and no `final_output`: nothing to copy."
         )
     with only_writer(config.local_output):
-        return OutputSync(config.local_output, config.additional_output_paths).close()
+        copies = OutputSync(config.local_output, config.additional_output_paths)
+        copies.refuse_older()
+        return copies.close()
