@@ -162,8 +162,8 @@ class FinetuneConfig(StrictModel):
     )
     resume_from_checkpoint: Annotated[bool | str, AfterValidator(_auto_if_true)] = Field(
         default="auto",
-        description="`auto` (or `true`): the newest whole checkpoint of `local_output`, else of an output path, if "
-        "any; `false`: start anew, older checkpoints are kept aside; or a path.",
+        description="`auto` (or `true`): the newest whole checkpoint of `local_output` and the output paths, if any; "
+        "`false`: start anew, older checkpoints are kept aside; or a path.",
     )
     allow_changed: list[str] = Field(
         default_factory=list,

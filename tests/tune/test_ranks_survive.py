@@ -73,7 +73,9 @@ def run_unbroken(config: FinetuneConfig) -> None:
 
 def run_rank(config: FinetuneConfig, rank: int, port: int) -> None:
     join_ranks(rank, port)
-    torch.set_num_threads(1)  # as OMP_NUM_THREADS does for the others: other threads round otherwise
+    # As for the others: sums of two threads round otherwise. accelerate would set two without the variable.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     finetune(config)
     os._exit(0)  # as `leave_ranks`; the group is destroyed already
 

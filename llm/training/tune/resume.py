@@ -32,7 +32,7 @@ class Start:
 def find_start(config: FinetuneConfig, mirror: OutputSync, record: dict[str, Any]) -> Start:
     """Where `resume_from_checkpoint` says that the run begins. Call it on every rank; `record` counts on rank 0.
 
-    `auto` is the newest whole checkpoint of `local_output`, else of an output path, fetched. CheckpointError
+    `auto` is the newest whole checkpoint of `local_output` and the output paths, fetched. CheckpointError
     when the named one is not whole, ConfigError when it does not go with this run (`check_record`).
     """
     # Rank 0 decides, and tells its error too: the others would wait for it for ever.
