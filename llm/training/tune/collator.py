@@ -41,7 +41,7 @@ def flatten_blocks(blocks: Sequence[Block]) -> Batch:
         "node_lengths": [int(length) for block in blocks for length in block["node_lengths"]],
         "node_parents": parents,
         "num_block_labels": _count_labels(labels),
-        "blocks": _numbers(blocks),
+        **_numbers(blocks),
     }
 
 
@@ -59,7 +59,7 @@ def pad_blocks(blocks: Sequence[Block]) -> Batch:
         "attention_mask": _padded([np.ones(length) for length in lengths], 0),
         "labels": _padded(labels, IGNORE_INDEX),
         "num_block_labels": _count_labels(labels),
-        "blocks": _numbers(blocks),
+        **_numbers(blocks),
     }
 
 
@@ -70,8 +70,9 @@ def _labels(block: Block, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.where(labels < 0, IGNORE_INDEX, labels)
 
 
-def _numbers(blocks: Sequence[Block]) -> list[int]:
-    return [int(block["block"]) for block in blocks if "block" in block]
+def _numbers(blocks: Sequence[Block]) -> dict[str, list[int]]:
+    numbers = [int(block["block"]) for block in blocks if "block" in block]
+    return {"blocks": numbers} if numbers else {}
 
 
 def _count_labels(labels: Sequence[np.ndarray[Any, Any]]) -> Tensor:
