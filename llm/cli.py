@@ -1,4 +1,4 @@
-"""The command line: `llm-train dataprep config.yaml`, `llm-train finetune config.yaml`.
+"""The command line: `llm-train dataprep config.yaml`, `llm-train finetune config.yaml`, `llm-train sync config.yaml`.
 
 Heavy libraries are imported inside the commands: `--help` and a config error answer at once. Exit codes: 0 done,
 2 your YAML, 3 your rows, 4 your files, 130 Ctrl-C, 143 SIGTERM.
@@ -174,6 +174,21 @@ def explain(
         from llm.training.config_file.explain import list_keys
 
         typer.echo(explain_key(key) if key else list_keys())
+
+
+@app.command()
+def sync(config: ConfigPath, overrides: Overrides = None, allow_code: AllowCode = None, debug: Debug = False) -> None:
+    """Complete the copies of a run at its output paths: the same file as for finetune."""
+    from llm.training.config import FinetuneConfig
+    from llm.training.config_file import load_config
+
+    with _errors_told(debug):
+        settings = load_config(config, FinetuneConfig, overrides=overrides or [], allow_code=allow_code or [])
+        from llm.terminal import console
+        from llm.training.tune.output_sync import complete_copies
+
+        for report in complete_copies(settings):
+            console.print(f"{report.url}: {report.text}", markup=False, soft_wrap=True)
 
 
 @contextmanager

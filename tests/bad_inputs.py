@@ -62,8 +62,9 @@ def check_told(case: Case, result: Result, folder: Path) -> None:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` by its path; empty when there is no folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file below `folder` by its path, but for the lock that finetune holds; empty when there is no folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".llm-train.lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def tell(case: Case, result: Result, folder: Path, log: str = "") -> None:

@@ -166,10 +166,19 @@ def _canonical_dtype(value: Any) -> Any:
     return DTYPES.get(value, value) if isinstance(value, str) else value
 
 
-def _has_no_output_dir(arguments: dict[str, Any]) -> dict[str, Any]:
+def _can_be_resumed(arguments: dict[str, Any]) -> dict[str, Any]:
     if "output_dir" in arguments:
         raise ValueError("`output_dir` is set by the key `local_output`")
+    if arguments.get("save_only_model") is True:
+        raise ValueError(
+            "`save_only_model: true` saves no optimizer, scheduler and random state: no run could go on from such a "
+            "checkpoint. Delete it; `final_output` holds the model alone"
+        )
     return arguments
+
+
+def _auto_if_true(value: bool | str) -> bool | str:
+    return "auto" if value is True else value
 
 
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_canonical_dtype)]
@@ -193,7 +202,7 @@ class FinetuneConfig(ScriptConfig):
         default_factory=list,
         description="fsspec URLs that `local_output` is copied to at every checkpoint and at the end.",
     )
-    training_arguments: Annotated[dict[str, Any], AfterValidator(_has_no_output_dir)] = Field(
+    training_arguments: Annotated[dict[str, Any], AfterValidator(_can_be_resumed)] = Field(
         default_factory=dict,
         description="Anything that Hugging Face `TrainingArguments` takes, over `default_training_arguments`.",
     )
@@ -212,9 +221,15 @@ class FinetuneConfig(ScriptConfig):
     quantization_config: dict[str, Any] | None = Field(
         default=None, description="Arguments of `BitsAndBytesConfig`, over those of the two keys above."
     )
-    resume_from_checkpoint: bool | str = Field(
-        default=True,
-        description="`true`: the newest whole checkpoint of `local_output`, if any; `false`: start anew; or a path.",
+    resume_from_checkpoint: Annotated[bool | str, AfterValidator(_auto_if_true)] = Field(
+        default="auto",
+        description="`auto` (or `true`): the newest whole checkpoint of `local_output` and the output paths, if any; "
+        "`false`: start anew, older checkpoints are kept aside; or a path.",
+    )
+    allow_changed: list[str] = Field(
+        default_factory=list,
+        description="Settings that may differ from those of the checkpoint that is resumed, such as `max_steps`; the "
+        "error that refuses them names them.",
     )
     experiment_tracking_config: MethodConfig | None = Field(
         default=None,

@@ -23,12 +23,14 @@ from llm.training.config_file import saved_data
 from llm.training.tune.adapter import add_adapter
 from llm.training.tune.base_model import load_base_model, load_tokenizer
 from llm.training.tune.data_check import check_data, open_blocks
-from llm.training.tune.export import export_model
+from llm.training.tune.export import export_model, final_output_path
 from llm.training.tune.isolation import keeps_examples_apart
 from llm.training.tune.output_sync import OutputSync
-from llm.training.tune.progress import RunSummary, print_summary, summarize
-from llm.training.tune.resume import find_checkpoint
-from llm.training.tune.run import run_training
+from llm.training.tune.progress import RunSummary
+from llm.training.tune.resume import find_start
+from llm.training.tune.run import end_training, run_training, stop_training
+from llm.training.tune.run_lock import only_writer
+from llm.training.tune.run_record import run_record
 from llm.training.tune.trainer import BlockTrainer, merged_arguments, training_arguments
 
 
@@ -39,14 +41,19 @@ def finetune(config: FinetuneConfig) -> RunSummary:
     the run with a checkpoint, without `final_output`, by SystemExit (143 for SIGTERM, 130 for Ctrl-C).
     """
     arguments = training_arguments(config)
-    run = {"config": saved_data(config), "world_size": arguments.world_size}
     set_seed(arguments.seed)  # the Trainer does so too, but after the adapter has drawn its first weights
     tokenizer = load_tokenizer(config.base_model)
     blocks = open_blocks(config, tokenizer)
-    output_paths = config.additional_output_paths if arguments.should_save else []  # rank 0 copies
-    with OutputSync(config.local_output, output_paths) as mirror:
+    is_writer = arguments.should_save  # rank 0
+    output_paths = config.additional_output_paths if is_writer else []
+    with (
+        only_writer(config.local_output, is_needed=is_writer),
+        OutputSync(config.local_output, output_paths) as mirror,
+    ):
         mirror.probe()
-        checkpoint = find_checkpoint(config, mirror)
+        record = run_record(config, arguments, blocks=blocks.train, tokenizer=tokenizer) if is_writer else {}
+        start = find_start(config, mirror, record)
+        run = record | {"id": start.run_id, "config": saved_data(config)}
         model = load_base_model(config)
         is_flat = keeps_examples_apart(model, is_packed=check_data(blocks, model))
         adapted = add_adapter(model, config.lora_config, find_model(config.base_model).lora_config)
@@ -54,10 +61,11 @@ def finetune(config: FinetuneConfig) -> RunSummary:
             adapted, arguments, train_dataset=blocks.train, eval_dataset=blocks.evaluation, is_flat=is_flat
         )
         limit = merged_arguments(config)["save_total_limit"]
-        signals = run_training(trainer, adapted, checkpoint, mirror=mirror, save_total_limit=limit, run=run)
-        result = signals.message
-        if not signals.interrupted and arguments.should_save:
-            result = export_model(
+        signals = run_training(trainer, adapted, start.checkpoint, mirror=mirror, save_total_limit=limit, run=run)
+        if signals.interrupted:
+            stop_training(trainer, signals, mirror)
+        if is_writer:
+            export_model(
                 adapted,
                 tokenizer,
                 blocks.manifest,
@@ -65,10 +73,4 @@ def finetune(config: FinetuneConfig) -> RunSummary:
                 base_model=config.base_model,
                 run=run,
             )
-    summary = summarize(trainer.state, throughput=trainer.throughput, result=result)
-    if arguments.should_save:
-        print_summary(summary)
-    trainer.end()  # type: ignore[no-untyped-call]
-    if signals.interrupted:
-        raise SystemExit(signals.exit_code)
-    return summary
+    return end_training(trainer, result=final_output_path(config.local_output))

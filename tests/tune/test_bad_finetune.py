@@ -495,7 +495,6 @@ def test_21_no_target_modules_means_all_linear_ones_of_any_architecture() -> Non
         assert len(found) >= 4 and "lm_head" not in found
 
 
-@pytest.mark.xfail(reason="a folder that cannot be made is found out by the Trainer", strict=False)
 def test_36_local_output_that_cannot_be_written_is_told_before_the_weights_load(
     folder: Path, right: dict[str, Any]
 ) -> None:
@@ -512,7 +511,6 @@ def test_36_local_output_that_cannot_be_written_is_told_before_the_weights_load(
     check_told(case, result, folder)
 
 
-@pytest.mark.xfail(reason="whose checkpoints these are is not looked at", strict=False)
 def test_37_checkpoints_of_another_run_are_not_gone_on_from(folder: Path, right: dict[str, Any]) -> None:
     first = Case(number=37, what="a first run", exit_code=0, told=[])
     assert run_case(first, "finetune", folder, right).exit_code == 0

@@ -30,11 +30,8 @@ from transformers import TrainerCallback
 
 from llm.errors import CheckpointError, LlmTrainError
 from llm.training.tune import checkpoints
-from llm.training.tune.checkpoints import (
-    CheckpointCallback,
-    list_checkpoints,
-    newest_whole_checkpoint,
-)
+from llm.training.tune.checkpoint_folder import list_checkpoints, newest_whole_checkpoint
+from llm.training.tune.checkpoints import CheckpointCallback
 from llm.training.tune.whole_folder import MANIFEST, find_damage, read_folder_manifest
 
 NUM_KILLS = 6 * REPEAT

@@ -176,6 +176,8 @@ def test_damaged_links_and_unfinished_are_not_copied(local: Path, target: str, t
     whole_folder(local / "checkpoint-30", {"model.safetensors": b"x"}, step=30)
     (local / "checkpoint-30/model.safetensors").unlink()
     (local / "checkpoint-30/model.safetensors").symlink_to(tmp_path / "secret")
+    (local / "checkpoint-40").symlink_to(whole_folder(tmp_path / "elsewhere", {"a": b"x"}, step=40))
+    (local / "runs/linked").symlink_to(tmp_path)
     quick(local, target).close()
     assert remote(target) == expected
 

@@ -20,11 +20,8 @@ from fault_helpers import (
 )
 from transformers import TrainerCallback
 
-from llm.training.tune.checkpoints import (
-    CheckpointCallback,
-    list_checkpoints,
-    newest_whole_checkpoint,
-)
+from llm.training.tune.checkpoint_folder import list_checkpoints, newest_whole_checkpoint
+from llm.training.tune.checkpoints import CheckpointCallback
 from llm.training.tune.signals import SignalCallback
 
 

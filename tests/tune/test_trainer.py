@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, make_block, make_model, make_packed_dataset, unpack
 from torch.nn import functional as F
 from transformers import PreTrainedModel, TrainingArguments
 
-from llm.errors import ConfigError
+from llm.errors import ConfigError, LlmTrainError
 from llm.training.tune.adapter import add_adapter
+from llm.training.tune.checkpoint_folder import newest_whole_checkpoint
+from llm.training.tune.checkpoints import CheckpointCallback
 from llm.training.tune.collator import flatten_blocks, pad_blocks
 from llm.training.tune.loss import has_logits_to_keep, token_losses
 from llm.training.tune.trainer import BlockTrainer
@@ -271,3 +274,40 @@ def test_two_ranks_train_and_evaluate_as_one(is_lora: bool, tmp_path: Path) -> N
     assert ranks["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
     assert ranks["tokens"] == alone["tokens"]
     assert json.dumps(ranks["losses"]) and ranks["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [0, 3, 10, 17, 22])
+def test_loss_not_finite_names_the_blocks_and_source_rows_before_the_weights_change(wrong: int, tmp_path: Path) -> None:
+    token, blocks = 96, make_packed_dataset(24).to_list()
+    for number, block in enumerate(blocks):
+        block["input_ids"] = [4 if token_id == token else token_id for token_id in block["input_ids"]]
+        block["example_rows"] = [100 + number, 200 + number]
+    blocks[wrong]["input_ids"][0] = token
+    model = make_model("llama", tie_word_embeddings=False)
+    model.get_input_embeddings().weight.data[token] = float("nan")
+    model = add_adapter(model, {"r": 4}, {})
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "train_sampling_strategy": "random"}
+    settings |= {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    trainer = BlockTrainer(model, train_arguments(tmp_path, **settings), train_dataset=Dataset.from_list(blocks))
+    trainer.add_callback(CheckpointCallback(describe_step=trainer.describe_step))
+    text = (
+        rf"batch of train_dataset_config, block {wrong} \(source rows {100 + wrong}, {200 + wrong}\) \(counted from 0\)"
+    )
+    with pytest.raises(LlmTrainError, match=text):
+        trainer.train()
+    assert all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
+    newest = newest_whole_checkpoint(str(tmp_path))
+    assert (trainer.state.global_step == 0) is (newest is None)
+    saved = load_file(f"{newest}/adapter_model.safetensors") if newest else {}
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_step_with_finite_losses_is_described_too(tmp_path: Path) -> None:
+    blocks = make_packed_dataset(40).remove_columns("example_rows")
+    settings = {"max_steps": 1, "per_device_train_batch_size": 20}
+    trainer = BlockTrainer(make_model("llama"), train_arguments(tmp_path, **settings), train_dataset=blocks)
+    trainer.train()
+    listed = ", ".join(f"block {number}" for number in range(16))
+    assert trainer.describe_step() == (
+        f"The losses are finite; the step was {listed} and 4 more of train_dataset_config (counted from 0)."
+    )

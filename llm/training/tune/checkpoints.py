@@ -7,15 +7,15 @@ resumed from.
     local_output/checkpoint-10/            whole: has a manifest.json that matches
     local_output/checkpoint-15.damaged/    was not whole when a run started; never deleted, never loaded
     local_output/checkpoint-20.ahead/      whole, but this run started before step 20
+    local_output/checkpoint-5.other-run/   whole, but another run wrote it: never rotated, never resumed
 """
 
 import contextlib
 import itertools
 import logging
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from llm.errors import CheckpointError, LlmTrainError
+from llm.training.tune.checkpoint_folder import list_checkpoints, run_id_of
 from llm.training.tune.whole_folder import (
     MANIFEST,
     find_damage,
@@ -35,7 +36,6 @@ from llm.training.tune.whole_folder import (
 )
 
 logger = logging.getLogger(__name__)
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class Mirror(Protocol):
@@ -49,37 +49,15 @@ class Mirror(Protocol):
         """Asks for a copy; returns at once."""
 
 
-def list_checkpoints(local_output: str) -> list[tuple[int, str]]:
-    """(step, path) of every `checkpoint-N` folder, whole or not, newest first."""
-    if not os.path.isdir(local_output):
-        return []
-    found = [(CHECKPOINT.fullmatch(entry.name), entry) for entry in os.scandir(local_output)]
-    return sorted(((int(m[1]), entry.path) for m, entry in found if m and entry.is_dir()), reverse=True)
-
-
-def newest_whole_checkpoint(local_output: str) -> str | None:
-    """The path of the newest checkpoint whose every file matches its manifest; None when there is none.
-
-    Newer ones that do not match are renamed aside and named in the log. Nothing is deleted or loaded.
-    Call it on rank 0 only.
-    """
-    for step, path in list_checkpoints(local_output):
-        damage = find_damage(path) or _wrong_step(path, step)
-        if damage is None:
-            return path
-        aside = free_name(f"{path}.damaged")
-        os.rename(path, aside)
-        logger.warning("%s is not whole (%s): skipped, kept as %s", path, damage, os.path.basename(aside))
-    return None
-
-
 class CheckpointCallback(TrainerCallback):
     """Makes the checkpoints of a Trainer whole, rotates them, and never lets NaN or infinity be saved.
 
     `save_total_limit` whole ones are kept (None: all); the Trainer's own `save_total_limit` must be None,
-    since it rotates before the new checkpoint is whole. `run` is written into each manifest. `mirror` is
-    asked for a copy after each. Put it after every callback that may ask for a save. Raises LlmTrainError for
-    NaN or infinity, and CheckpointError when the disk is full.
+    since it rotates before the new checkpoint is whole. `run` is written into each manifest; whole ones of
+    another `id` than its own are set aside. `mirror` is asked for a copy after each. `describe_step` words,
+    for an error, what the last step was. Put it after every
+    callback that may ask for a save. Raises LlmTrainError for NaN or infinity, and CheckpointError when the
+    disk is full.
     """
 
     def __init__(
@@ -88,10 +66,12 @@ class CheckpointCallback(TrainerCallback):
         save_total_limit: int | None = 3,
         run: dict[str, Any] | None = None,
         mirror: Mirror | None = None,
+        describe_step: Callable[[], str] | None = None,
     ) -> None:
         self.save_total_limit = save_total_limit
         self.run = run or {}
         self.mirror = mirror
+        self.describe_step = describe_step
         self._saving: str | None = None  # the folder that Trainer is about to write or writes
         self._saved_step: int | None = None
         self._last_size_bytes = 0
@@ -101,16 +81,19 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         """Makes the folder ready: ends deletions that were cut short, sets later checkpoints aside."""
         assert args.save_total_limit is None, "rotation is ours: give Trainer save_total_limit=None"
+        # Else the `save_steps` (and so on) of a resumed checkpoint win over the config's (transformers 5.23).
+        state.compute_steps(args, state.max_steps)
         if not args.should_save or not os.path.isdir(str(args.output_dir)):
             return
-        for path in Path(str(args.output_dir)).glob("checkpoint-*.rotated*"):
-            if (path / MANIFEST).is_file():
-                remove_whole_folder(str(path))
-        for step, later in list_checkpoints(str(args.output_dir)):
-            if step > state.global_step:
-                aside = free_name(f"{later}.ahead")
-                os.rename(later, aside)
-                logger.warning("This run starts at step %d: %s is kept as %s", state.global_step, later, aside)
+        for rotated in Path(str(args.output_dir)).glob("checkpoint-*.rotated*"):
+            if (rotated / MANIFEST).is_file():
+                remove_whole_folder(str(rotated))
+        for step, path in list_checkpoints(str(args.output_dir)):
+            is_ahead = step > state.global_step
+            if is_ahead or self._is_of_another_run(path):
+                aside = free_name(f"{path}.{'ahead' if is_ahead else 'other-run'}")
+                os.rename(path, aside)
+                logger.warning("This run starts at step %d: %s is kept as %s", state.global_step, path, aside)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -123,10 +106,11 @@ class CheckpointCallback(TrainerCallback):
         # The largest entry, not the root of the sum of squares: that one can overflow with finite gradients.
         if not torch.nn.utils.get_total_norm(gradients.values(), norm_type=float("inf")).isfinite():
             rate = kwargs["lr_scheduler"].get_last_lr()[0]
+            described = f" {self.describe_step()}" if self.describe_step else ""
             raise LlmTrainError(
                 f"Step {state.global_step + 1}: the gradient of `{_first_not_finite(gradients)}` is not "
-                f"finite (learning rate {rate:.3g}). The weights were not changed; {_what_is_safe(args)}. "
-                "Lower `training_arguments: learning_rate`, or look for a block without a trained token."
+                f"finite (learning rate {rate:.3g}).{described} The weights were not changed; {_what_is_safe(args)}. "
+                "Lower `training_arguments: learning_rate`, or look at these rows."
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -182,6 +166,12 @@ class CheckpointCallback(TrainerCallback):
                 "room and run the same command: it goes on from the newest whole checkpoint."
             ) from error
 
+    def _is_of_another_run(self, path: str) -> bool:
+        if find_damage(path, check_hashes=False):
+            return False
+        written_by = run_id_of(read_folder_manifest(path))
+        return written_by is not None and written_by != self.run.get("id")
+
     def _prepare_save(
         self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, optimizer: Any
     ) -> None:
@@ -219,11 +209,6 @@ class CheckpointCallback(TrainerCallback):
         for path in whole[self.save_total_limit :]:
             if os.path.realpath(path) not in (best, in_use):
                 remove_whole_folder(path)
-
-
-def _wrong_step(path: str, step: int) -> str | None:
-    recorded = read_folder_manifest(path).get("step")
-    return None if recorded == step else f"its manifest is that of step {recorded}"
 
 
 def _first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -25,7 +25,8 @@ def flatten_blocks(blocks: Sequence[Block]) -> Batch:
     """One sequence of all real tokens.
 
     `input_ids`, `labels`, `position_ids`: int64 (1, tokens); `node_lengths`, `node_parents`: lists of int;
-    `num_block_labels`: int64 (blocks,), the trained tokens of each block.
+    `num_block_labels`: int64 (blocks,), the trained tokens of each block; `blocks`: their numbers, where the
+    data set gives them.
     """
     lengths = [int(np.sum(block["node_lengths"])) for block in blocks]
     labels = [_labels(block, length) for block, length in zip(blocks, lengths, strict=True)]
@@ -40,14 +41,15 @@ def flatten_blocks(blocks: Sequence[Block]) -> Batch:
         "node_lengths": [int(length) for block in blocks for length in block["node_lengths"]],
         "node_parents": parents,
         "num_block_labels": _count_labels(labels),
+        **_numbers(blocks),
     }
 
 
 def pad_blocks(blocks: Sequence[Block]) -> Batch:
     """Blocks of one example each as padded rows, for a model that our attention does not serve.
 
-    `input_ids`, `attention_mask`, `labels`: int64 (blocks, longest); `num_block_labels` as in
-    `flatten_blocks`.
+    `input_ids`, `attention_mask`, `labels`: int64 (blocks, longest); `num_block_labels` and `blocks`
+    as in `flatten_blocks`.
     """
     lengths = [int(np.sum(block["node_lengths"])) for block in blocks]
     labels = [_labels(block, length) for block, length in zip(blocks, lengths, strict=True)]
@@ -57,6 +59,7 @@ def pad_blocks(blocks: Sequence[Block]) -> Batch:
         "attention_mask": _padded([np.ones(length) for length in lengths], 0),
         "labels": _padded(labels, IGNORE_INDEX),
         "num_block_labels": _count_labels(labels),
+        **_numbers(blocks),
     }
 
 
@@ -65,6 +68,11 @@ def _labels(block: Block, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     number."""
     labels = np.asarray(block["labels"][:length], dtype=np.int64)
     return np.where(labels < 0, IGNORE_INDEX, labels)
+
+
+def _numbers(blocks: Sequence[Block]) -> dict[str, list[int]]:
+    numbers = [int(block["block"]) for block in blocks if "block" in block]
+    return {"blocks": numbers} if numbers else {}
 
 
 def _count_labels(labels: Sequence[np.ndarray[Any, Any]]) -> Tensor:

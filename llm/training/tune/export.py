@@ -9,7 +9,6 @@ the very ids that were trained.
 """
 
 import copy
-import importlib.metadata
 import json
 import logging
 import os
@@ -26,11 +25,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from llm.errors import CheckpointError
 from llm.training.config_file import saved_text
 from llm.training.prep.manifest import Manifest, Sample
+from llm.training.tune.run_record import package_versions
 from llm.training.tune.whole_folder import swap_folder, write_folder_manifest
 
 logger = logging.getLogger(__name__)
 FINAL_OUTPUT = "final_output"
-RECORDED_PACKAGES = ("llm-train", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 # What `generate` warns of, and `save_pretrained` refuses, unless `do_sample` is set.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -55,7 +54,7 @@ def export_model(
         exported.chat_template = manifest.chat_template or exported.chat_template
         for sample in manifest.samples:
             _check_prompt(exported, sample)
-    target = os.path.join(local_output, FINAL_OUTPUT)
+    target = final_output_path(local_output)
     aside = Path(local_output, f".{FINAL_OUTPUT}.tmp")
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
     aside.mkdir(parents=True)
@@ -68,6 +67,11 @@ def export_model(
     write_folder_manifest(str(aside))
     swap_folder(str(aside), target)
     return target
+
+
+def final_output_path(local_output: str) -> str:
+    """Where the result of a run is."""
+    return os.path.join(local_output, FINAL_OUTPUT)
 
 
 def prompt_ids(
@@ -148,18 +152,11 @@ def _write_run(folder: Path, *, base_model: str, manifest: Manifest | None, run:
         "base_model": base_model,
         **run,
         "data": asdict(manifest) if manifest else None,
-        "versions": {name: _version(name) for name in RECORDED_PACKAGES},
+        "versions": package_versions(),
     }
     (folder / "run.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     if "config" in run:
         (folder / "finetune.yaml").write_text(saved_text(run["config"], "finetune"), encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a clone that was not installed
-        return None
 
 
 def write_readme(folder: Path, base_model: str, *, is_adapter: bool) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from llm.training.tune.collator import IGNORE_INDEX, Batch
 
-NOT_FOR_THE_MODEL = ("labels", "num_block_labels")
+NOT_FOR_THE_MODEL = ("labels", "num_block_labels", "blocks")
 
 
 def token_losses(model: nn.Module, batch: Batch, *, has_logits_to_keep: bool, label_smoothing: float = 0.0) -> Tensor:

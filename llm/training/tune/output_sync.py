@@ -7,15 +7,28 @@ training, is tried again at the next checkpoint, and is the end's error if it is
 import logging
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from llm.errors import CheckpointError, ConfigError
-from llm.training.tune.checkpoints import newest_whole_checkpoint
-from llm.training.tune.output_path import OutputPath, Part, plan_parts
+from llm.errors import CheckpointError, ConfigError, LlmTrainError
+from llm.training.config import FinetuneConfig
+from llm.training.tune.checkpoint_folder import newest_whole_checkpoint, run_id_of
+from llm.training.tune.output_path import Check, OutputPath, Part, plan_parts
 from llm.training.tune.output_store import OutputStore
+from llm.training.tune.run_lock import only_writer
+from llm.training.tune.whole_folder import read_folder_manifest
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyReport:
+    """What became of the last copy at `url`: what was written, or what is missing."""
+
+    url: str
+    text: str
+    is_whole: bool
 
 
 class OutputSync:
@@ -49,10 +62,7 @@ class OutputSync:
         if error is None:
             self.close()
         elif self._thread and isinstance(error, Exception):  # a second Ctrl-C stops at once
-            try:
-                self.close()
-            except CheckpointError as copy_error:
-                logger.error("%s", copy_error)
+            self.close_and_tell()
 
     @property
     def uploading(self) -> str | None:
@@ -64,26 +74,66 @@ class OutputSync:
         for path in self._paths:
             path.store.probe()
 
-    def restore(self) -> str | None:
-        """The newest whole checkpoint of `local_output`, else of the output paths, fetched and verified.
+    def restore(self, check: Check = lambda path, manifest: None) -> str | None:
+        """The newest whole checkpoint of `local_output` and the output paths, fetched and verified; None for none.
 
-        None when there is none anywhere. CheckpointError when a path cannot be read: a run must not start
-        anew only because a network is down.
+        Where `local_output` has one, a path counts only with newer ones of the same run, and may be down. Else
+        CheckpointError when a path cannot be read: a run must not start anew only because a network is down.
+        `check` may refuse a checkpoint by an error, before it is fetched.
         """
         local = newest_whole_checkpoint(self.local_output)
-        if local or not self._paths:
-            return local
-        found = [(step, number) for number, path in enumerate(self._paths) for step in _list_steps(path)]
-        for step, number in sorted(found, key=lambda entry: (-entry[0], entry[1])):
-            path = self._paths[number]
+        if local:
+            check(local, read_folder_manifest(local))
+        found = [(step, path) for path in self._paths for step in self._list_steps(path, local)]
+        for step, path in sorted(found, key=lambda entry: -entry[0]):
             try:
-                fetched = path.fetch(step, self.local_output)
+                fetched = path.fetch(step, self.local_output, check)
+            except LlmTrainError:
+                raise
             except Exception as error:  # each file system has its own error classes
-                raise _cannot_read(path, error) from error
+                if local is None:
+                    raise _cannot_read(path, error) from error
+                logger.warning("%s cannot be read (%s): going on from %s", path.store.url, error, local)
+                continue
             if fetched:
                 logger.warning("Resuming from a copy: %s was fetched from %s", fetched, path.store.url)
                 return fetched
-        return None
+        return local
+
+    def _list_steps(self, path: OutputPath, local: str | None) -> list[int]:
+        """Steps at `path` to go on from; beside a `local` checkpoint newer ones of its run, not set aside here."""
+        try:
+            steps = path.list_steps()
+            if local is None:
+                return steps
+            manifest = read_folder_manifest(local)
+            if run_id_of(manifest) is None or path.run_id() != run_id_of(manifest):
+                return []
+            return [step for step in steps if step > manifest["step"] and not self._was_left(step)]
+        except Exception as error:  # each file system has its own error classes
+            if local is None:
+                raise _cannot_read(path, error) from error
+            logger.warning("%s cannot be read (%s): going on from %s", path.store.url, error, local)
+            return []
+
+    def _was_left(self, step: int) -> bool:
+        """Whether this run was once resumed from before `step`, on purpose."""
+        return any(Path(self.local_output).glob(f"checkpoint-{step}.ahead*"))
+
+    def refuse_older(self) -> None:
+        """CheckpointError when the copy at a path is ahead of `local_output`: the run went on on another machine."""
+        parts = plan_parts(self.local_output)
+        for path in self._paths:
+            try:
+                newer = path.newer_step(parts)
+            except Exception:  # each file system has its own error classes; what is down `close` will tell
+                continue
+            if newer:
+                raise CheckpointError(
+                    f"`{path.store.url}` has checkpoint-{newer} of this run, newer than all in `{self.local_output}`: "
+                    "the run went on elsewhere, and nothing was copied. Sync there, or finetune here, which goes on "
+                    "from the newest of all."
+                )
 
     def sync(self) -> None:
         """Asks for a copy and returns at once; while one runs, any number of calls make one more."""
@@ -95,7 +145,7 @@ class OutputSync:
             self._thread = threading.Thread(target=self._work, name="output-sync", daemon=True)
             self._thread.start()
 
-    def close(self) -> None:
+    def close(self) -> list[CopyReport]:
         """Waits, makes the last copy and verifies it; CheckpointError names what is missing at which path."""
         self._is_closing = True
         self._wanted.set()
@@ -103,15 +153,24 @@ class OutputSync:
             self._thread.join()
             self._thread = None
         if not self._paths:
-            return
+            return []
         parts = plan_parts(self.local_output)
-        problems = [problem for path in self._paths if (problem := self._complete(path, parts))]
+        reports = [self._complete(path, parts) for path in self._paths]
+        problems = [report for report in reports if not report.is_whole]
         if problems:
-            listed = "\n".join(problems)
+            listed = "\n".join(f"- {report.url}: {report.text}" for report in problems)
             raise CheckpointError(
-                f"`{self.local_output}` is complete, its copy is not:\n{listed}\nRun the same command again once the "
-                "path can be written: it goes on from the last checkpoint and completes the copy."
+                f"`{self.local_output}` is complete, its copy is not:\n{listed}\nOnce the path can be written, "
+                "`llm-train sync finetune.yaml` (your YAML file) completes the copy; so does the same command again."
             )
+        return reports
+
+    def close_and_tell(self) -> None:
+        """As `close`, where something else decides how the process ends: what is missing is logged."""
+        try:
+            self.close()
+        except CheckpointError as error:
+            logger.error("%s", error)
 
     def _work(self) -> None:
         while True:
@@ -139,33 +198,40 @@ class OutputSync:
         finally:
             self._uploading = None
 
-    def _complete(self, path: OutputPath, parts: list[Part]) -> str | None:
-        """Why the copy at `path` is not complete, after a second try for what did not arrive."""
+    def _complete(self, path: OutputPath, parts: list[Part]) -> CopyReport:
+        """What became of the copy at `path`, after a second try for what did not arrive."""
+        url = path.store.url
         try:
-            path.copy(self.local_output, parts, on_part=self._note_part)
+            written = path.copy(self.local_output, parts, on_part=self._note_part)
             missing = path.find_missing(parts)
             if missing:
                 path.forget(list(missing))
-                path.copy(self.local_output, parts, on_part=self._note_part)
+                written += path.copy(self.local_output, parts, on_part=self._note_part)
                 missing = path.find_missing(parts)
         except Exception as error:  # each file system has its own error classes
             self.failures += 1
             unsure = ", ".join(part.name for part in parts if part.name) or "the run's files"
-            return f"- {path.store.url}: {type(error).__name__}: {error}. Not verified: {unsure}."
+            text = f"{type(error).__name__}: {error}. Not verified: {unsure}."
+            return CopyReport(url=url, text=text, is_whole=False)
         finally:
             self._uploading = None
-        listed = ", ".join(f"{name} ({reason})" for name, reason in sorted(missing.items()))
-        return f"- {path.store.url}: {listed}" if missing else None
+        if missing:
+            listed = ", ".join(f"{name} ({reason})" for name, reason in sorted(missing.items()))
+            return CopyReport(url=url, text=listed, is_whole=False)
+        return CopyReport(url=url, text=_copied_text(parts, set(written)), is_whole=True)
 
     def _note_part(self, name: str) -> None:
         self._uploading = os.path.join(self.local_output, name) if name else None
 
 
-def _list_steps(path: OutputPath) -> list[int]:
-    try:
-        return path.list_steps()
-    except Exception as error:  # each file system has its own error classes
-        raise _cannot_read(path, error) from error
+def _copied_text(parts: list[Part], written: set[str]) -> str:
+    facts = {name: fact for part in parts for name, fact in part.files.items()}
+    size_bytes = sum(fact.size for name, fact in facts.items() if name in written)
+    names = [part.name or "the run's files" for part in parts if written & set(part.files)]
+    copied = (
+        f"copied {len(written)} ({size_bytes / 2**20:,.1f} MiB): {', '.join(names)}" if written else "nothing to copy"
+    )
+    return f"{len(facts)} files verified; {copied}"
 
 
 def _cannot_read(path: OutputPath, error: Exception) -> CheckpointError:
@@ -190,3 +256,21 @@ def _refuse_overlap(local_output: str, stores: list[OutputStore]) -> None:
                     "beside it."
                 )
         places.append((f"`{store.url}`", scheme, place))
+
+
+def complete_copies(config: FinetuneConfig) -> list[CopyReport]:
+    """Brings the copies of a run's `local_output` at all `additional_output_paths` up to date, and verifies them.
+
+    Needs neither the model nor the data. ConfigError without an output path; CheckpointError when there is
+    nothing whole to copy, a run is going on there or went on elsewhere, and for a copy that is not whole.
+    """
+    if not config.additional_output_paths:
+        raise ConfigError("`additional_output_paths` is empty: write the paths that `local_output` is to be copied to.")
+    if not any(part.name for part in plan_parts(config.local_output)):
+        raise CheckpointError(
+            f"`{config.local_output}` holds no whole checkpoint and no `final_output`: nothing to copy."
+        )
+    with only_writer(config.local_output):
+        copies = OutputSync(config.local_output, config.additional_output_paths)
+        copies.refuse_older()
+        return copies.close()

@@ -23,7 +23,7 @@ def quantization_config(config: FinetuneConfig) -> BitsAndBytesConfig | None:
             "load_in_4bit, load_in_8bit and quantization_config need bitsandbytes, which is not installed: "
             "pip install llm-train[quantization]"
         )
-    settings = _settings(config)
+    settings = quantization_settings(config)
     settings |= {key: _dtype(key, value) for key, value in settings.items() if key.endswith("_dtype")}
     try:
         return BitsAndBytesConfig(**settings)
@@ -31,7 +31,8 @@ def quantization_config(config: FinetuneConfig) -> BitsAndBytesConfig | None:
         raise ConfigError(f"quantization_config: BitsAndBytesConfig does not take {settings}: {error}") from error
 
 
-def _settings(config: FinetuneConfig) -> dict[str, Any]:
+def quantization_settings(config: FinetuneConfig) -> dict[str, Any]:
+    """What `BitsAndBytesConfig` is given for a quantized base: the user's settings over the defaults."""
     given = config.quantization_config or {}
     if config.load_in_8bit or given.get("load_in_8bit"):
         return {"load_in_8bit": True, **given}

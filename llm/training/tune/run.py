@@ -1,14 +1,14 @@
 """One run of the trainer: resumed, watched, saved, and evaluated at its end. Stage 7 of the road."""
 
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerState
 
 from llm.training.tune.checkpoints import CheckpointCallback
 from llm.training.tune.output_sync import OutputSync
-from llm.training.tune.progress import ProgressCallback
+from llm.training.tune.progress import ProgressCallback, RunSummary, print_summary, summarize
 from llm.training.tune.resume import is_at_end, load_weights
 from llm.training.tune.signals import SignalCallback
 from llm.training.tune.trainer import BlockTrainer
@@ -29,7 +29,9 @@ def run_training(
     When `checkpoint` is the last one, only its weights are loaded.
     """
     signals, progress = SignalCallback(), ProgressCallback()
-    checkpoints = CheckpointCallback(save_total_limit=save_total_limit, run=run, mirror=mirror)
+    checkpoints = CheckpointCallback(
+        save_total_limit=save_total_limit, run=run, mirror=mirror, describe_step=trainer.describe_step
+    )
     for callback in (progress, signals, checkpoints):  # the last one sees what the others ask for
         trainer.add_callback(callback)
     with signals, progress, checkpoints.clear_failed_save():
@@ -42,6 +44,32 @@ def run_training(
             trainer.evaluate()
     model.config.use_cache = True  # the Trainer turned it off; what is exported generates with it
     return signals
+
+
+def end_training(trainer: BlockTrainer, *, result: str) -> RunSummary:
+    """The summary of the run, printed on rank 0; trackers and the process group are ended."""
+    summary = _tell(trainer, result)
+    trainer.end()  # type: ignore[no-untyped-call]
+    return summary
+
+
+def stop_training(trainer: BlockTrainer, signals: SignalCallback, mirror: OutputSync) -> NoReturn:
+    """Ends an interrupted run with the exit code of its signal, by which a scheduler knows to start it again.
+
+    A last copy that fails is told: it does not change the code.
+    """
+    _tell(trainer, signals.message)  # first: the grace period may end while it copies
+    mirror.close_and_tell()
+    trainer.accelerator.wait_for_everyone()  # torchrun kills a rank that copies once another one has ended
+    trainer.end()  # type: ignore[no-untyped-call]
+    raise SystemExit(signals.exit_code)
+
+
+def _tell(trainer: BlockTrainer, result: str) -> RunSummary:
+    summary = summarize(trainer.state, throughput=trainer.throughput, result=result)
+    if trainer.args.should_save:
+        print_summary(summary)
+    return summary
 
 
 def _is_evaluated(state: TrainerState) -> bool:

@@ -5,12 +5,14 @@ Stage 7 of the road. Takes a model and checked blocks; what the Trainer does bey
 
 import logging
 import time
+from collections import deque
 from dataclasses import fields
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import Dataset as TorchDataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -22,6 +24,7 @@ from llm.training.tune.loss import has_logits_to_keep, sums_by_block, token_loss
 from llm.training.tune.tracking import resolve_report_to, tracking_arguments
 
 logger = logging.getLogger(__name__)
+MAX_BLOCKS_LISTED = 16
 
 
 class BlockTrainer(Trainer):
@@ -59,8 +62,8 @@ class BlockTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_arrays(train_dataset),
-            eval_dataset=_arrays(eval_dataset) if eval_dataset is not None else None,
+            train_dataset=_NumberedBlocks(train_dataset),
+            eval_dataset=_NumberedBlocks(eval_dataset) if eval_dataset is not None else None,
             data_collator=flatten_blocks if is_flat else pad_blocks,
             **kwargs,
         )
@@ -73,6 +76,8 @@ class BlockTrainer(Trainer):
         self._num_tokens = self._num_labels = 0
         self._counted_since = time.perf_counter()
         self._eval_sums: list[tuple[Tensor, Tensor]] = []
+        self._blocks = train_dataset
+        self._step_losses: deque[tuple[list[int], Tensor]] = deque(maxlen=args.gradient_accumulation_steps)
 
     def compute_loss(
         self,
@@ -91,11 +96,28 @@ class BlockTrainer(Trainer):
         )
         self._num_tokens += inputs["input_ids"].numel()
         self._num_labels += len(losses)
+        self._step_losses.append((inputs["blocks"], losses.detach().sum()))
         # A step of which no rank has a label leaves the weights as they are.
         share = losses.sum() / torch.as_tensor(num_items_in_batch, device=losses.device).clamp(min=1)
         if self.args.average_tokens_across_devices:
             share = share * self.accelerator.num_processes  # gradients are averaged over the ranks
         return share
+
+    def describe_step(self) -> str:
+        """Which blocks and source rows of this rank's last step have a loss that is not finite: a sentence."""
+        wrong = [block for blocks, loss in self._step_losses if not loss.isfinite() for block in blocks]
+        some = wrong or [block for blocks, _ in self._step_losses for block in blocks]
+        listed = ", ".join(self._describe_block(block) for block in some[:MAX_BLOCKS_LISTED])
+        more = f" and {len(some) - MAX_BLOCKS_LISTED} more" if len(some) > MAX_BLOCKS_LISTED else ""
+        if wrong:
+            return f"The loss is not finite in a batch of train_dataset_config, {listed}{more} (counted from 0)."
+        here = " of this rank" if self.args.world_size > 1 else ""
+        return f"The losses{here} are finite; the step was {listed}{more} of train_dataset_config (counted from 0)."
+
+    def _describe_block(self, block: int) -> str:
+        if "example_rows" not in self._blocks.column_names:
+            return f"block {block}"
+        return f"block {block} (source rows {', '.join(str(row) for row in self._blocks[block]['example_rows'])})"
 
     def prediction_step(
         self,
@@ -203,5 +225,18 @@ def _current_names(arguments: dict[str, Any]) -> dict[str, Any]:
     return {renamed[name] if renamed[name] in known else name: value for name, value in arguments.items()}
 
 
-def _arrays(dataset: Dataset) -> Dataset:
-    return dataset.select_columns(list(COLUMNS)).with_format("numpy")
+class _NumberedBlocks(TorchDataset[dict[str, Any]]):
+    """The columns of blocks that are trained on, and as `block` the number of each."""
+
+    def __init__(self, blocks: Dataset) -> None:
+        self._arrays = blocks.select_columns(list(COLUMNS)).with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self._arrays[number], "block": number}
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        rows = self._arrays.__getitems__(numbers)  # one read for all: what the data loader calls
+        return [{**row, "block": number} for row, number in zip(rows, numbers, strict=True)]

@@ -1,0 +1,99 @@
+"""Two ranks under torchrun: one is killed, the same command goes on to the same weights (F5 of the fault plan)."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from fault_helpers import REPEAT, free_port, join_ranks, running_process, wait_until
+from test_finetune import (
+    FINETUNE,
+    are_equal,
+    exported_weights,
+    make_config,
+    prepare_blocks,
+    run_command,
+    save_base_model,
+)
+
+from llm.training.config import FinetuneConfig
+from llm.training.finetune import finetune
+from llm.training.tune.checkpoint_folder import list_checkpoints
+from llm.training.tune.whole_folder import MANIFEST
+
+STEPS = {"max_steps": 60, "save_steps": 10, "per_device_train_batch_size": 2, "logging_steps": 60}
+
+
+def start(folder: Path, config: FinetuneConfig) -> subprocess.Popen[str]:
+    """torchrun with two ranks, and what they write in `log`; the command that `run_command` waits for."""
+    (folder / "finetune.yaml").write_text(config.model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(FINETUNE), str(folder / "finetune.yaml")]
+    with open(folder / "log", "a", encoding="utf-8") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, text=True)
+
+
+def rank_process(torchrun: subprocess.Popen[str], rank: int) -> psutil.Process:
+    ranks = psutil.Process(torchrun.pid).children()
+    return next(one for one in ranks if one.environ().get("LOCAL_RANK") == str(rank))
+
+
+def num_whole(output: Path) -> int:
+    return len([path for _, path in list_checkpoints(str(output)) if (Path(path) / MANIFEST).is_file()])
+
+
+@pytest.mark.slow
+def test_one_rank_killed_ends_both_and_the_same_command_goes_on_identical(tmp_path: Path) -> None:
+    base = save_base_model(tmp_path / "base", "llama")
+    prepare_blocks(tmp_path, base)
+    config = make_config(tmp_path, base, training_arguments=STEPS, lora_config={"lora_dropout": 0.1})
+    run_unbroken(config)
+    weights = exported_weights(tmp_path)
+    for number in range(REPEAT):
+        (tmp_path / "out").rename(tmp_path / f"before-{number}")
+        kill_one_rank(tmp_path, config, rank=(number + 1) % 2, after=1 + number % 3)
+        resumed = run_command(tmp_path, config, num_ranks=2)
+        assert resumed.returncode == 0, resumed.stderr[-3000:]
+        assert are_equal(exported_weights(tmp_path), weights)
+
+
+def run_unbroken(config: FinetuneConfig) -> None:
+    """The run on two ranks without torchrun, which takes 5 seconds more to start."""
+    port = free_port()
+    with running_process(run_rank, config, 0, port) as first, running_process(run_rank, config, 1, port) as second:
+        first.join()
+        second.join()
+        assert (first.exitcode, second.exitcode) == (0, 0)
+
+
+def run_rank(config: FinetuneConfig, rank: int, port: int) -> None:
+    join_ranks(rank, port)
+    # As for the others: sums of two threads round otherwise. accelerate would set two without the variable.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    finetune(config)
+    os._exit(0)  # as `leave_ranks`; the group is destroyed already
+
+
+def kill_one_rank(folder: Path, config: FinetuneConfig, *, rank: int, after: int) -> None:
+    """Starts a run and kills a rank once `after` checkpoints are whole; torchrun and the other rank are gone."""
+    torchrun = start(folder, config)
+    try:
+        wait_until(lambda: num_whole(folder / "out") >= after or torchrun.poll() is not None)
+        assert torchrun.poll() is None, (folder / "log").read_text()[-3000:]
+        ranks = psutil.Process(torchrun.pid).children()
+        rank_process(torchrun, rank).send_signal(signal.SIGKILL)
+        assert torchrun.wait(60) == 1
+        assert not [one for one in ranks if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        if torchrun.poll() is None:
+            torchrun.kill()
+            torchrun.wait()
+    assert not (folder / "out/final_output").exists()
+    found = [step for step, _ in list_checkpoints(str(folder / "out"))]
+    print(f"rank {rank} killed, checkpoints {found}")
