@@ -371,7 +371,7 @@ CASES = [
         what="a checkpoint that is not there",
         exit_code=4,
         changes={"resume_from_checkpoint": "FOLDER/checkpoint-7"},
-        told=["resume_from_checkpoint: there is no folder `checkpoint-7`.", "Write `true` for the newest checkpoint"],
+        told=["resume_from_checkpoint: there is no folder `checkpoint-7`.", "Write `auto` for the newest checkpoint"],
     ),
     Case(
         number=38,
