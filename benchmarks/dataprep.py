@@ -38,7 +38,7 @@ SIDES = ROOT / "benchmarks" / "dataprep_sides.py"
 CHUNKSIZE = 2048
 _POLL_SECONDS = 0.02
 _SPEED = ["rows/s", "tokens/s", "net s", "x bare", "whole s", "cpu s", "peak MB"]
-_COLUMNS = ["side", *_SPEED, "tokens", "blocks", "bound", "over", "density"]
+_COLUMNS = ["side", *_SPEED, "tokens", "stored", "blocks", "bound", "over", "density"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +299,8 @@ def print_table(task: Task, sides: Sequence[Side]) -> None:
 def line(task: Task, side: Side, bare: Side) -> list[str]:
     net = statistics.median(side.net_seconds)
     tokens, blocks = side.facts["tokens"], side.facts.get("blocks")
-    bound = -(-tokens // CHUNKSIZE)
+    stored = side.facts.get("stored_tokens", tokens)  # after sharing
+    bound = -(-stored // CHUNKSIZE)
     whole, cpu, peak = (
         statistics.median(getattr(run, name) for run in side.runs)
         for name in ("whole_seconds", "cpu_seconds", "peak_mb")
@@ -307,9 +308,9 @@ def line(task: Task, side: Side, bare: Side) -> list[str]:
     speed = [f"{task.num_rows / net:,.0f}", f"{tokens / net:,.0f}", f"{net:.2f}"]
     costs = [f"{ratio(side.net_seconds, bare.net_seconds):.2f}", f"{whole:.2f}", f"{cpu:.2f}", f"{peak:,.0f}"]
     packed = (
-        [f"{blocks:,}", f"{bound:,}", f"{blocks / bound:.4f}", f"{tokens / (blocks * CHUNKSIZE):.2%}"]
+        [f"{stored:,}", f"{blocks:,}", f"{bound:,}", f"{blocks / bound:.4f}", f"{stored / (blocks * CHUNKSIZE):.2%}"]
         if blocks
-        else [""] * 4
+        else [""] * 5
     )
     return [side.name, *speed, *costs, f"{tokens:,}", *packed]
 

@@ -111,6 +111,8 @@ def test_one_row_written_has_the_written_block_manifest_and_ledger(config: DataP
         "rows_with_control_text": 0,
         "tokens": 30,
         "trained_tokens": 2,
+        "stored_tokens": 30,
+        "shared": {"nodes": 0, "tokens": 0, "saved_tokens": 0},
         "blocks": 1,
         "density": 0.9375,
     }

@@ -139,6 +139,11 @@ class DataPrepConfig(ScriptConfig):
     ignore_index: int = Field(default=-100, lt=0, description="Label of a token that is not trained (prompt, padding).")
     num_proc: int | None = Field(default=None, gt=0, description="Threads that tokenize; default: all cores.")
     pack: bool = Field(default=True, description="`false` writes one example a block.")
+    share_prefixes: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Within a block, what prompts have in common from the start (system message, few-shot examples, "
+        "contexts, earlier turns) is stored and computed once; `auto`: when that saves at least 5 % of the tokens.",
+    )
     pad_to_chunksize: bool = Field(
         default=True, description="Pad every block to `chunksize`; `false` keeps blocks as long as they are."
     )

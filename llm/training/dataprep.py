@@ -17,7 +17,7 @@ from llm.training.prep.blocks import iterate_blocks, padding
 from llm.training.prep.dataset import check_source
 from llm.training.prep.engine import encode_rows, for_source, open_encoder
 from llm.training.prep.manifest import Manifest
-from llm.training.prep.pack import pack_examples
+from llm.training.prep.pack import choose_packing
 from llm.training.prep.rows import load_source
 from llm.training.prep.summary import ledger_with_blocks, make_manifest, print_summary
 from llm.training.prep.target import open_target, staged
@@ -37,8 +37,10 @@ def prepare(config: DataPrepConfig) -> Manifest:
     encoder = for_source(encoder, config, source)
     with staged(target) as (folder, staging):
         examples = encode_rows(source, encoder, folder)
-        packing = pack_examples(examples.lengths, chunksize=config.chunksize, is_packed=config.pack, seed=config.seed)
-        batches = iterate_blocks(examples.table, packing, padding(config, encoder.tokenizer))
+        packing = choose_packing(examples, config)
+        batches = iterate_blocks(
+            examples.table, packing, padding(config, encoder.tokenizer), decode=encoder.tokenizer.decode
+        )
         blocks = spill_blocks(batches, folder, num_blocks=packing.num_blocks)
         write_dataset(blocks, config.dataset_writer_config, staging)
         manifest = make_manifest(config, encoder, examples, packing)

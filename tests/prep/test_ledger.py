@@ -142,6 +142,8 @@ def test_counts_add_up_and_name_the_first_rows(tmp_path: Path, config: DataPrepC
         "rows_with_control_text": 1,
         "tokens": 9,
         "trained_tokens": 5,
+        "stored_tokens": 9,
+        "shared": {"nodes": 0, "tokens": 0, "saved_tokens": 0},
         "blocks": 1,
         "density": 0.09,
     }

@@ -12,7 +12,7 @@ import fsspec
 
 from llm.errors import DataError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,8 @@ class Manifest:
     """The facts of a prepared data set.
 
     `chat_template` is the Jinja template that makes these prompts (None: the base tokenizer's own is right);
-    `stop_token_id` is the last label of every example; `counts` holds rows by outcome, tokens, blocks.
+    `stop_token_id` is the last label of every example; `counts` holds rows by outcome, tokens as if nothing were
+    shared, `stored_tokens` as written, what is `shared`, blocks.
     """
 
     format_version: int

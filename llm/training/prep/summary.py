@@ -12,8 +12,11 @@ from llm.terminal import print_table
 from llm.training.config import DataPrepConfig, MethodConfig
 from llm.training.prep.encode import DROP_ADVICE, Encoder
 from llm.training.prep.manifest import FORMAT_VERSION, Manifest
+from llm.training.prep.nodes import shared_nodes
 from llm.training.prep.pack import Packing
 from llm.training.prep.store import Examples
+
+_BLOCKS_AT_ONCE = 1000
 
 
 def ledger_with_blocks(examples: Examples, packing: Packing) -> pa.Table:
@@ -66,6 +69,12 @@ def print_summary(manifest: Manifest, config: DataPrepConfig, path: str) -> None
     rows += [
         ("tokens", f"{counts['tokens']:,}"),
         ("trained tokens", f"{counts['trained_tokens']:,}  ({share:.0%})"),
+    ]
+    if shared := counts["shared"]["tokens"]:
+        saved = counts["shared"]["saved_tokens"]
+        told = f"{shared:,} tokens stored once, saves {saved:,} ({saved / counts['tokens']:.0%})"
+        rows.append(("shared prompts", told))
+    rows += [
         ("blocks", f"{counts['blocks']:,} of {manifest.chunksize:,} tokens, {counts['density']:.1%} full"),
         ("format", f"{manifest.prompt_format['method']}, stop token {manifest.stop_token}"),
         ("written to", path),
@@ -86,6 +95,8 @@ def _counts(examples: Examples, packing: Packing, chunksize: int) -> dict[str, A
         if outcome.startswith("dropped: ")
     }
     tokens = int(examples.lengths.sum())
+    shared = _sharing(examples, packing)
+    stored = tokens - shared["saved_tokens"]
     counts = {
         "rows_read": ledger.num_rows,
         "rows_kept": outcomes["kept"],
@@ -94,14 +105,30 @@ def _counts(examples: Examples, packing: Packing, chunksize: int) -> dict[str, A
         "rows_with_control_text": pc.sum(ledger["has_control_text"]).as_py() or 0,
         "tokens": tokens,
         "trained_tokens": pc.sum(ledger["num_trained_tokens"]).as_py(),
+        "stored_tokens": stored,
+        "shared": shared,
         "blocks": packing.num_blocks,
-        "density": round(tokens / (packing.num_blocks * chunksize), 4),
+        "density": round(stored / (packing.num_blocks * chunksize), 4),
     }
     num_dropped = sum(count for outcome, count in outcomes.items() if outcome.startswith("dropped: "))
     num_kept = outcomes["kept"] + outcomes["cut"]
     assert ledger.num_rows == num_kept + num_dropped, "a row vanished"
     assert len(packing.examples) == num_kept, "an example vanished"
     return counts
+
+
+def _sharing(examples: Examples, packing: Packing) -> dict[str, int]:
+    """How many shared nodes the blocks have, the tokens in them, and how many tokens that saves."""
+    num_nodes = num_tokens = num_saved = 0
+    for first in range(0, packing.num_blocks if packing.forest else 0, _BLOCKS_AT_ONCE):
+        assert packing.forest is not None
+        starts = packing.block_starts[first : first + _BLOCKS_AT_ONCE + 1]
+        numbers = packing.examples[starts[0] : starts[-1]]
+        nodes = shared_nodes(packing.forest, numbers, examples.lengths[numbers], np.diff(starts))
+        num_nodes += len(nodes.lengths) - len(numbers)
+        num_tokens += nodes.num_shared_tokens
+        num_saved += int(nodes.num_skipped.sum())
+    return {"nodes": num_nodes, "tokens": num_tokens, "saved_tokens": num_saved}
 
 
 def _first_rows(ledger: pa.Table, outcome: str) -> list[int]:
