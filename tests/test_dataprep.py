@@ -592,7 +592,7 @@ def test_dataprep_killed_at_any_time_leaves_an_old_or_a_new_target_and_reruns_to
     assert -signal.SIGKILL in codes
 
 
-@pytest.mark.parametrize("method, num_moves", [("save_to_disk", 2), ("to_parquet", 8)])
+@pytest.mark.parametrize("method, num_moves", [("save_to_disk", 2), ("to_parquet", 12)])
 def test_dataprep_killed_between_any_two_moves_is_put_right_by_the_next_run(
     job: Job, monkeypatch: pytest.MonkeyPatch, method: str, num_moves: int
 ) -> None:
@@ -622,7 +622,7 @@ def test_dataprep_killed_between_any_two_moves_is_put_right_by_the_next_run(
         assert list(job.target.parent.glob("*.preparing")) == []
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(12))
 def test_dataprep_stopped_by_ctrl_c_between_any_two_moves_leaves_the_old_target_whole(
     job: Job, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

@@ -18,6 +18,7 @@ from llm.training.prep.dataset import check_source
 from llm.training.prep.engine import encode_rows, for_source, open_encoder
 from llm.training.prep.manifest import Manifest
 from llm.training.prep.pack import choose_packing
+from llm.training.prep.report import make_report
 from llm.training.prep.rows import load_source
 from llm.training.prep.summary import ledger_with_blocks, make_manifest, print_summary
 from llm.training.prep.target import open_target, staged
@@ -44,6 +45,8 @@ def prepare(config: DataPrepConfig) -> Manifest:
         blocks = spill_blocks(batches, folder, num_blocks=packing.num_blocks)
         write_dataset(blocks, config.dataset_writer_config, staging)
         manifest = make_manifest(config, encoder, examples, packing)
-        write_records(ledger_with_blocks(examples, packing), manifest, config, staging)
-    print_summary(manifest, config, target.path)
+        ledger = ledger_with_blocks(examples, packing)
+        report = make_report(manifest, examples.table, ledger, encoder)
+        write_records(ledger, report, manifest=manifest, config=config, target=staging)
+    print_summary(manifest, config, target)
     return manifest

@@ -22,6 +22,7 @@ from llm.training.prep.pack import pack_examples
 from llm.training.prep.rows import Row, with_columns
 from llm.training.prep.store import Examples, ExampleWriter
 from llm.training.prep.summary import ledger_with_blocks, make_manifest, print_summary
+from llm.training.prep.target import Target
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -197,7 +198,8 @@ def test_summary_names_reasons_rows_and_place(
     allowed: bool, tmp_path: Path, config: DataPrepConfig, encoder: Encoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config.model_copy(update={"allow_special_tokens_in_data": allowed})
-    print_summary(manifest_of(config, encoder, spilled(tmp_path / "spill")), config, "out/train")
+    target = Target(path="out/train", path_key="dataset_path")
+    print_summary(manifest_of(config, encoder, spilled(tmp_path / "spill")), config, target)
     shown = capsys.readouterr().err
     assert "\x1b" not in shown
     lines = [line.split() for line in shown.splitlines()]
@@ -205,7 +207,20 @@ def test_summary_names_reasons_rows_and_place(
     assert ["dropped:", "too_long", *advice.split()] in lines
     assert "become control tokens" in shown if allowed else "kept as text" in shown
     assert ["written", "to", "out/train"] in lines
+    assert ["report", "out/train/report.html"] in lines
     assert not any(line.endswith(" ") for line in shown.splitlines())
+
+
+def test_ledger_estimates_contexts_by_their_share_of_characters(tmp_path: Path) -> None:
+    rows = [Row.of(number=n, input="q", response="a", contexts=("12345", "67890")) for n in range(2)]
+    whole = Example(row=0, text="x" * 40, input_ids=list(range(20)), trained=((18, 20),))
+    cut = Example(row=1, text="x" * 40, input_ids=list(range(8)), trained=((6, 8),), num_cut_contexts=1)
+    with ExampleWriter(tmp_path) as writer:
+        writer.add(rows, [whole, cut])
+    examples = writer.read()
+    ledger = ledger_with_blocks(examples, pack_examples(examples.lengths, chunksize=20))
+    assert ledger["num_contexts_characters"].to_pylist() == [10, 5]
+    assert ledger["estimated_contexts_tokens"].to_pylist() == [5, 1]  # 10 of 40, 5 of 40 characters
 
 
 # --- the engine ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from llm.training.prep.target import Target, open_target, staged
 
 pytest_plugins = ("prep_fixtures",)
 
-MANIFEST, LEDGER = "manifest.json", "ledger.parquet"
+NUM_FILES = 6  # data and what lies beside it
 
 
 class Killed(BaseException):
@@ -27,21 +27,25 @@ def opened(folder: Path, target: str | Path, **changes: Any) -> Target:
 
 
 def fill(target: Target, word: str) -> None:
-    """What a run writes: data, ledger, config, manifest, each holding `word`."""
+    """What a run writes: data, ledger, config, report, manifest, each holding `word`."""
     main = Path(target.path)
     if target.is_folder:
         main.mkdir(parents=True)
         main = main / "data-00000-of-00001.arrow"
-    for path in (main, Path(target.ledger_path), Path(target.config_path), Path(target.manifest_path)):
+    for path in (main, *beside(target)):
         path.write_text(word)
 
 
+def beside(target: Target) -> list[Path]:
+    paths = (target.ledger_path, target.config_path, target.report_path, target.report_page_path, target.manifest_path)
+    return list(map(Path, paths))
+
+
 def words(target: Target) -> list[str | None]:
-    """What data, ledger, config and manifest hold; None where one is absent."""
+    """What data, ledger, config, report and manifest hold; None where one is absent."""
     main = Path(target.path)
     main = main / "data-00000-of-00001.arrow" if target.is_folder else main
-    paths = (main, Path(target.ledger_path), Path(target.config_path), Path(target.manifest_path))
-    return [path.read_text() if path.exists() else None for path in paths]
+    return [path.read_text() if path.exists() else None for path in (main, *beside(target))]
 
 
 def run(target: Target, word: str) -> None:
@@ -52,11 +56,13 @@ def run(target: Target, word: str) -> None:
 # --- what is accepted ------------------------------------------------------------------------------------------------
 
 
-def test_folder_holds_its_ledger_and_manifest_and_a_file_has_them_beside() -> None:
+def test_folder_holds_its_ledger_report_and_manifest_and_a_file_has_them_beside() -> None:
     folder, file = Target(path="a/train", path_key="dataset_path"), Target(path="a/b.csv", path_key="path_or_buf")
     assert (folder.ledger_path, folder.manifest_path) == ("a/train/ledger.parquet", "a/train/manifest.json")
     assert (file.ledger_path, file.manifest_path) == ("a/b.csv.ledger.parquet", "a/b.csv.manifest.json")
     assert (folder.config_path, file.config_path) == ("a/train/dataprep.yaml", "a/b.csv.dataprep.yaml")
+    assert (folder.report_path, folder.report_page_path) == ("a/train/report.json", "a/train/report.html")
+    assert (file.report_path, file.report_page_path) == ("a/b.csv.report.json", "a/b.csv.report.html")
     assert (folder.is_folder, file.is_folder) == (True, False)
 
 
@@ -106,7 +112,7 @@ def test_empty_folder_is_no_existing_target(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     target = opened(tmp_path, tmp_path / "out")
     run(target, "new")
-    assert words(target) == ["new"] * 4
+    assert words(target) == ["new"] * NUM_FILES
 
 
 @pytest.mark.parametrize("name", ["home", "out.parquet"])
@@ -131,7 +137,7 @@ def test_error_in_the_middle_leaves_the_target_as_it_was(name: str, has_old: boo
         fill(staging, "new")
         (folder / "spill.arrow").write_text("x")
         raise DataError("row 1500")
-    assert words(target) == ["old" if has_old else None] * 4
+    assert words(target) == ["old" if has_old else None] * NUM_FILES
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -140,8 +146,8 @@ def test_error_in_the_middle_leaves_the_target_as_it_was(name: str, has_old: boo
 def test_kill_before_any_move_is_put_right_and_never_mixes(
     name: str, has_old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Data, ledger, config and manifest at every moment of `_replace`, and what the next run makes of it."""
-    moves = (1 if name == "out" else 4) * (2 if has_old else 1)
+    """Data, ledger, config, report and manifest at every moment of `_replace`, and what the next run makes of it."""
+    moves = (1 if name == "out" else NUM_FILES) * (2 if has_old else 1)
     states = []
     for number in range(moves + 1):
         folder = tmp_path / str(number)
@@ -152,12 +158,12 @@ def test_kill_before_any_move_is_put_right_and_never_mixes(
         kill_before_move(target, number, monkeypatch)
         states.append(words(target))
         again = opened(folder, folder / name, overwrite=has_old or number == moves)  # puts back
-        whole = ["old"] * 4 if has_old else [None] * 4
-        assert words(again) == (["new"] * 4 if number == moves else whole)
+        whole = ["old"] * NUM_FILES if has_old else [None] * NUM_FILES
+        assert words(again) == (["new"] * NUM_FILES if number == moves else whole)
         run(again, "newer") if number < moves else None
     for state in states:
-        assert len({word for word in state if word}) <= 1 or state[3] is None, "old data beside a new manifest"
-        assert state[3] is None or len(set(state)) == 1, "a manifest says whole, and something is missing"
+        assert len({word for word in state if word}) <= 1 or state[-1] is None, "old data beside a new manifest"
+        assert state[-1] is None or len(set(state)) == 1, "a manifest says whole, and something is missing"
 
 
 def kill_before_move(target: Target, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +213,7 @@ def test_kill_while_the_work_folder_is_removed_never_costs_the_old_data(
         fill(staging, "new")
         patch.setattr("shutil.rmtree", remove_one_and_die)
         raise DataError("row 1500")
-    assert words(opened(tmp_path, tmp_path / "out.parquet", overwrite=True)) == ["old"] * 4
+    assert words(opened(tmp_path, tmp_path / "out.parquet", overwrite=True)) == ["old"] * NUM_FILES
 
 
 def test_writer_that_wrote_nothing_is_an_error_and_the_old_stays(tmp_path: Path) -> None:
@@ -215,7 +221,7 @@ def test_writer_that_wrote_nothing_is_an_error_and_the_old_stays(tmp_path: Path)
     run(target, "old")
     with pytest.raises(DataError, match="wrote nothing to its `dataset_path`"), staged(target):
         pass
-    assert words(target) == ["old"] * 4
+    assert words(target) == ["old"] * NUM_FILES
 
 
 def test_full_disk_is_a_data_error_that_names_the_target(tmp_path: Path) -> None:
@@ -242,7 +248,7 @@ def test_s3_manifest_leaves_before_the_first_upload_and_arrives_last(
     manifest, marker = target.manifest_path.removeprefix("s3://"), target.marker_path.removeprefix("s3://")
     assert done[:2] == [f"pipe_file {marker}", f"rm_file {manifest}"]
     assert done[-2:] == [f"put_file {manifest}", f"rm_file {marker}"]
-    assert len(done) == 7
+    assert len(done) == NUM_FILES + 3
 
 
 def recorded(method: Any, name: str, done: list[str]) -> Any:
@@ -259,7 +265,7 @@ def test_s3_upload_that_was_killed_is_incomplete_and_can_be_run_again(
     name: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = fsspec.filesystem("s3")
-    for number in range(4):  # of data, ledger, config and manifest, so many arrive
+    for number in range(NUM_FILES):  # so many of them arrive
         target = opened(tmp_path, f"s3://prep-tests/killed/{number}/{name}")
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(store, "put_file", put_or_die(store.put_file, number))
@@ -293,7 +299,7 @@ def test_s3_error_before_the_upload_leaves_the_old_and_no_marker(tmp_path: Path,
     store = fsspec.filesystem("s3")
     store.invalidate_cache()
     assert {store.cat_file(path) for path in store.find("prep-tests/error/out")} == {b"old"}
-    assert len(store.find("prep-tests/error/out")) == 4
+    assert len(store.find("prep-tests/error/out")) == NUM_FILES
 
 
 def test_s3_bucket_that_is_not_there_is_an_error_before_the_work(tmp_path: Path, s3: str) -> None:

@@ -59,6 +59,12 @@ class Row:
     system: str = ""
     chat: Mapping[str, Any] | None = None
 
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The contexts of all its turns."""
+        found = self.chat["contexts"] if self.chat else [text for turn in self.turns for text in turn.contexts]
+        return tuple(found)
+
     def answered(self, train_on: TrainOn) -> list[Message]:
         """The turns up to the last answer, each trained or not."""
         places = [place for place, turn in enumerate(self.turns) if turn.response is not None]

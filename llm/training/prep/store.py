@@ -42,6 +42,7 @@ _LEDGER = {
     "num_cut_contexts": pa.int32(),
     "num_cut_characters": pa.int32(),
     "has_control_text": pa.bool_(),
+    "num_contexts_characters": pa.int32(),  # of those that are left
 }
 
 
@@ -94,7 +95,7 @@ class ExampleWriter:
         if len(self._samples) < _NUM_SAMPLES:
             self._samples += list(_samples(rows, outcomes, train_on))[: _NUM_SAMPLES - len(self._samples)]
         examples = [outcome for outcome in outcomes if isinstance(outcome, Example)]
-        entries = list(zip(*map(_entry, outcomes), strict=True))
+        entries = list(zip(*map(_entry, rows, outcomes), strict=True))
         columns = [pa.array(values, kind) for values, kind in zip(entries, _LEDGER.values(), strict=True)]
         self._ledger.append(pa.record_batch(columns, schema=pa.schema(_LEDGER)))
         self._lengths.append(np.array([len(example.input_ids) for example in examples], dtype=np.int64))
@@ -139,10 +140,11 @@ def _facts(row: Row) -> list[object]:
     return [row.number, row.system, row.chat, [[t.input, t.response, *t.contexts, t.is_trained] for t in row.turns]]
 
 
-def _entry(outcome: Outcome) -> tuple[object, ...]:
+def _entry(row: Row, outcome: Outcome) -> tuple[object, ...]:
     """The values of the ledger's columns, in their order."""
     if isinstance(outcome, Dropped):
-        return (outcome.row, "dropped", outcome.reason, outcome.num_tokens or None, None, None, None, None, None)
+        return (outcome.row, "dropped", outcome.reason, outcome.num_tokens or None, None, None, None, None, None, None)
+    contexts = [context for turn in row.turns for context in turn.contexts]
     return (
         outcome.row,
         "cut" if outcome.is_cut else "kept",
@@ -153,4 +155,5 @@ def _entry(outcome: Outcome) -> tuple[object, ...]:
         outcome.num_cut_contexts,
         outcome.num_cut_characters,
         outcome.has_control_text,
+        sum(map(len, contexts[: len(contexts) - outcome.num_cut_contexts])),
     )

@@ -4,29 +4,38 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm.serving_template import serving_template
 from llm.terminal import print_table
 from llm.training.config import DataPrepConfig, MethodConfig
+from llm.training.config_file import saved_data
+from llm.training.prep.arrays import Ints
 from llm.training.prep.encode import DROP_ADVICE, Encoder
 from llm.training.prep.manifest import FORMAT_VERSION, Manifest
 from llm.training.prep.nodes import shared_nodes
 from llm.training.prep.pack import Packing
 from llm.training.prep.store import Examples
+from llm.training.prep.target import Target
 
 _BLOCKS_AT_ONCE = 1000
 
 
 def ledger_with_blocks(examples: Examples, packing: Packing) -> pa.Table:
-    """The ledger and, for every row that was kept, the number of its block (null for a dropped one)."""
+    """The ledger and, for every row that was kept, the number of its block (null for a dropped one).
+
+    Also how many tokens its contexts take, estimated: their share of its characters, of its tokens.
+    """
     block_of = np.empty(len(packing.examples), dtype=np.int64)
     block_of[packing.examples] = np.repeat(np.arange(packing.num_blocks), np.diff(packing.block_starts))
     is_dropped = pc.equal(examples.ledger["outcome"], "dropped").to_numpy()
     blocks = np.full(len(is_dropped), -1)
     blocks[~is_dropped] = block_of
-    return examples.ledger.append_column("block", pa.array(blocks, mask=is_dropped))
+    estimates = pa.array(_contexts_tokens(examples, ~is_dropped), pa.int32(), mask=is_dropped)
+    ledger = examples.ledger.append_column("estimated_contexts_tokens", estimates)
+    return ledger.append_column("block", pa.array(blocks, mask=is_dropped))
 
 
 def make_manifest(config: DataPrepConfig, encoder: Encoder, examples: Examples, packing: Packing) -> Manifest:
@@ -44,7 +53,8 @@ def make_manifest(config: DataPrepConfig, encoder: Encoder, examples: Examples, 
         stop_token=encoder.prompt_format.stop,
         stop_token_id=encoder.tokenizer.control_tokens[encoder.prompt_format.stop],
         samples=examples.samples,
-        source=config.source_config.model_dump() | {"fingerprint": examples.source_fingerprint},
+        # What a variable of the environment holds is not written down: it may be a secret.
+        source=saved_data(config)["source_config"] | {"fingerprint": examples.source_fingerprint},
         counts=_counts(examples, packing, config.chunksize),
         chunksize=config.chunksize,
         ignore_index=config.ignore_index,
@@ -53,7 +63,7 @@ def make_manifest(config: DataPrepConfig, encoder: Encoder, examples: Examples, 
     )
 
 
-def print_summary(manifest: Manifest, config: DataPrepConfig, path: str) -> None:
+def print_summary(manifest: Manifest, config: DataPrepConfig, target: Target) -> None:
     """The table at the end of `dataprep`."""
     counts = manifest.counts
     rows = [("rows read", f"{counts['rows_read']:,}"), ("kept whole", f"{counts['rows_kept']:,}")]
@@ -77,9 +87,19 @@ def print_summary(manifest: Manifest, config: DataPrepConfig, path: str) -> None
     rows += [
         ("blocks", f"{counts['blocks']:,} of {manifest.chunksize:,} tokens, {counts['density']:.1%} full"),
         ("format", f"{manifest.prompt_format['method']}, stop token {manifest.stop_token}"),
-        ("written to", path),
+        ("written to", target.path),
+        ("report", target.report_page_path),
     ]
     print_table("Prepared", rows)
+
+
+def _contexts_tokens(examples: Examples, is_kept: npt.NDArray[np.bool_]) -> Ints:
+    """An estimate a row, 0 for one that is not kept: to count them, each text would be tokenized once more."""
+    characters = examples.ledger["num_contexts_characters"].filter(pa.array(is_kept)).to_numpy()
+    all_characters = pc.utf8_length(examples.table["text"]).to_numpy()
+    estimates = np.zeros(len(is_kept), dtype=np.int64)
+    estimates[is_kept] = np.rint(characters / all_characters * examples.lengths)
+    return estimates
 
 
 def _kwargs(config: MethodConfig | None) -> dict[str, Any]:

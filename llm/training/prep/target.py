@@ -49,7 +49,7 @@ class Target:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the data set is a folder, with ledger, config and manifest in it; else they lie beside the file."""
+        """Whether the data set is a folder, with ledger, report and the rest in it; else they lie beside the file."""
         return self.manifest_path.startswith(f"{self.path}/")
 
     @property
@@ -60,29 +60,42 @@ class Target:
     @property
     def ledger_path(self) -> str:
         """Where the ledger goes."""
-        return self.manifest_path.removesuffix("manifest.json") + "ledger.parquet"
+        return self._beside("ledger.parquet")
 
     @property
     def config_path(self) -> str:
         """Where the resolved config goes."""
-        return self.manifest_path.removesuffix("manifest.json") + "dataprep.yaml"
+        return self._beside("dataprep.yaml")
+
+    @property
+    def report_path(self) -> str:
+        """Where the report's facts go (JSON)."""
+        return self._beside("report.json")
+
+    @property
+    def report_page_path(self) -> str:
+        """Where the report goes that is read in a browser."""
+        return self._beside("report.html")
 
     @property
     def marker_path(self) -> str:
         """On an object store: there while a run writes, so that the next one knows what a killed run left."""
-        return self.manifest_path.removesuffix("manifest.json") + "preparing"
+        return self._beside("preparing")
 
     @property
     def parts(self) -> list[Path]:
         """What is moved for a local data set: the folder, or the file and what lies beside it, manifest last."""
         main = Path(self.path)
-        beside = [Path(path) for path in (self.ledger_path, self.config_path, self.manifest_path)]
-        return [main] if self.is_folder else [main, *beside]
+        beside = (self.ledger_path, self.config_path, self.report_path, self.report_page_path, self.manifest_path)
+        return [main] if self.is_folder else [main, *map(Path, beside)]
 
     @property
     def work(self) -> Path:
         """The folder beside a local target in which it is prepared."""
         return Path(self.path).parent / f".{Path(self.path).name}.preparing"
+
+    def _beside(self, name: str) -> str:
+        return self.manifest_path.removesuffix("manifest.json") + name
 
     def staged_in(self, folder: Path) -> "Target":
         """The same data set inside `folder`."""

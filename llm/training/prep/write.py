@@ -1,10 +1,9 @@
-"""Stage 5, second half: blocks -> the data set at its target, then ledger and config, then the manifest (last)."""
+"""Stage 5, second half: blocks -> the data set at its target, then ledger, config and report, the manifest last."""
 
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from llm.training.config import DataPrepConfig, MethodConfig
 from llm.training.config_file import saved_data, saved_text
 from llm.training.prep.blocks import BLOCK_SCHEMA
 from llm.training.prep.manifest import Manifest, write_manifest
+from llm.training.prep.report import Report
+from llm.training.prep.report_page import render_page
 from llm.training.prep.target import KEY, Target
 
 if TYPE_CHECKING:
@@ -59,15 +60,21 @@ def write_dataset(blocks: "Dataset", writer: MethodConfig, target: Target) -> No
         call_method(method, blocks, kwargs={**writer.kwargs, target.path_key: target.path}, key=KEY)
 
 
-def write_records(ledger: pa.Table, manifest: Manifest, config: DataPrepConfig, target: Target) -> None:
-    """Ledger, resolved config and then the manifest, beside the blocks: from here on the data set is complete."""
+def write_records(
+    ledger: pa.Table, report: Report, *, manifest: Manifest, config: DataPrepConfig, target: Target
+) -> None:
+    """Ledger, resolved config, report and then the manifest, beside the blocks: now the data set is complete."""
     with fsspec.open(target.ledger_path, "wb") as file:
         pq.write_table(ledger, file)
-    saved = saved_data(config)
-    with fsspec.open(target.config_path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(saved_text(saved, "dataprep"))
-    # What a variable of the environment holds is not written down: it may be a secret.
-    write_manifest(replace(manifest, source=manifest.source | saved["source_config"]), target.path)
+    texts = {
+        target.config_path: saved_text(saved_data(config), "dataprep"),
+        target.report_path: report.as_json(),
+        target.report_page_path: render_page(report),
+    }
+    for path, text in texts.items():
+        with fsspec.open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    write_manifest(manifest, target.path)
 
 
 def to_csv(dataset: "Dataset", path_or_buf: str, **kwargs: Any) -> None:
