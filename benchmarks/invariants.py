@@ -81,10 +81,11 @@ def main() -> None:
     print(f"{'tokenizer':<18} {'format':<22} {'rows':>5} {'dropped':>8}", *(f"{c:>5}" for c in CHECKS))
     for folder in given.folders:
         bare = AutoTokenizer.from_pretrained(folder)
-        formats = fitting_formats(PromptTokenizer(bare))
+        tokenizer = PromptTokenizer(bare)
+        formats = fitting_formats(tokenizer)
         for name, prompt_format in formats.items():
             maker = random.Random(f"{given.seed} {name}")
-            tally = tried(bare, prompt_format, maker, num_rows=-(-given.rows // len(formats)))
+            tally = tried(bare, tokenizer, prompt_format, maker, num_rows=-(-given.rows // len(formats)))
             num_merged += tally.wrong.pop("merged", 0)
             num_wrong += tally.wrong.total()
             counts = (f"{tally.wrong[check]:>5}" for check in CHECKS)
@@ -113,10 +114,16 @@ def fitting_formats(tokenizer: PromptTokenizer) -> dict[str, AnyFormat]:
     return found
 
 
-def tried(bare: PreTrainedTokenizerBase, prompt_format: AnyFormat, maker: random.Random, *, num_rows: int) -> Tally:
+def tried(
+    bare: PreTrainedTokenizerBase,
+    tokenizer: PromptTokenizer,
+    prompt_format: AnyFormat,
+    maker: random.Random,
+    *,
+    num_rows: int,
+) -> Tally:
     """`num_rows` random rows through every check."""
     tally = Tally()
-    tokenizer = PromptTokenizer(bare)
     encoders = [
         Encoder(tokenizer=tokenizer, prompt=prompt, prompt_format=prompt_format, max_tokens=10**9) for prompt in PROMPTS
     ]
@@ -182,7 +189,7 @@ def same_ends(answers: list[str], trained: list[str]) -> bool:
 
 def gives_back(row: Row, encoder: Encoder, bare: PreTrainedTokenizerBase) -> bool:
     """Whether the bare tokenizer gives the rendered text of `row` back."""
-    text = encoder.prompt.render(row.answered("all"), encoder.prompt_format)
+    text = encoder.prompt.render(row.answered(encoder.train_on), encoder.prompt_format)
     ids = bare(text, add_special_tokens=False)["input_ids"]
     return bare.decode(ids, clean_up_tokenization_spaces=False) == spelled(text, bare)
 

@@ -21,6 +21,7 @@ from llm.prompt_format import (
 )
 
 _PROBE = "probe-8d7f"  # a text that no template holds
+_KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
 
 class TemplateRefusal(DataError):
@@ -151,6 +152,7 @@ class ChatTemplateFormat:
             whole = self._render(messages[: number + 1], is_open=False, tools=tools or None)
             response, done = self._response(prompt, whole)
             pieces.append(Segment(response, True))
+            _check_shown(messages[:number], prompt)
         return merge_segments(pieces)
 
     def _with_contexts(self, said: list[dict[str, Any]], contexts: Sequence[str]) -> list[dict[str, Any]]:
@@ -183,7 +185,7 @@ class ChatTemplateFormat:
         assert self._tokenizer is not None, "for_tokenizer comes first"
         try:
             return self._tokenizer.render_chat(messages, is_open=is_open, **kwargs, **self.template_kwargs)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # TypeError: it adds a text to what is none
             raise TemplateRefusal(f"ChatTemplateFormat: the template refuses the conversation: {error}") from error
 
     def _shows_system(self) -> bool:
@@ -201,6 +203,13 @@ def _answer(turn: Turn) -> dict[str, Any]:
 def _first_control_token(text: str, control_tokens: Iterable[str]) -> str:
     found = [(text.find(token), -len(token), token) for token in control_tokens if token in text]
     return min(found)[2] if found else ""
+
+
+def _check_shown(messages: Iterable[Mapping[str, Any]], prompt: str) -> None:
+    """TemplateRefusal where a message of a role that templates need not know is left out in silence."""
+    for message in messages:
+        if message["role"] not in _KNOWN_ROLES and str(message.get("content", "")).strip() not in prompt:
+            raise TemplateRefusal(f"the template leaves messages of the role `{message['role']}` out")
 
 
 def _behind(start: str, whole: str) -> str:

@@ -94,7 +94,7 @@ class ScriptConfig(StrictModel):
 
 
 OnTooLong = Literal["drop", "error", "truncate_contexts"]
-RowFormat = Literal["auto", "input_response", "messages", "sharegpt", "alpaca"]
+RowFormat = Literal["auto", "input_response", "messages", "sharegpt", "alpaca", "dolly"]
 ColumnName = Literal["input", "response", "contexts", "messages", "system", "tools"]
 
 
@@ -112,7 +112,8 @@ class DataPrepConfig(ScriptConfig):
     )
     row_format: RowFormat = Field(
         default="auto",
-        description="`input_response`, `messages`, `sharegpt` or `alpaca`; `auto` finds it by the columns and says so.",
+        description="`input_response`, `messages`, `sharegpt`, `alpaca` or `dolly`; `auto` finds it by the columns and "
+        "says so.",
     )
     train_on: TrainOn = Field(
         default="all", description="Of a conversation, `all` answers are trained, or the `last` one only."

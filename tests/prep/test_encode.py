@@ -268,6 +268,33 @@ def test_prompt_that_would_merge_with_the_response_keeps_its_own_ids() -> None:
     assert one.text_of(example.input_ids[example.num_prompt_tokens :]) == "er: b<|im_end|>"
 
 
+def test_prompt_that_merges_in_a_lossy_tokenizer_is_dropped_not_trained_apart() -> None:
+    """`b` + `rown` is one token: tokenized apart they would be two words, and no later check sees that."""
+    tokenizer = case("wordpiece", "plain").encoder.tokenizer
+    form = PromptFormat(response=Role("b", "<|im_end|>")).for_tokenizer(tokenizer)
+    encoder = replace(case("wordpiece", "plain", "bare").encoder, prompt_format=form)
+    outcomes = encoder.encode([Row.of(number=0, input="a", response="rown fox")])
+    assert outcomes == [Dropped(row=0, reason="no_exact_boundary")]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize(("tokenizer", "form"), ALL)
+def test_rows_encoded_together_become_what_each_becomes_alone(tokenizer: str, form: str, prompt: str) -> None:
+    """Whatever they begin with alike: a word, a part of one, a part of a control token's name."""
+    encoder = case(tokenizer, form, prompt).encoder
+    inputs = ("The quick", "The question", "The quick <|im_s", "The quick <|im_start|>", "The quick <|im_", "The")
+    some = [Row.of(number=n, input=text, response="brown fox") for n, text in enumerate(inputs)]
+    for batch in (some, some[:2], some[2:5]):
+        assert encoder.encode(batch) == [outcome for row in batch for outcome in encoder.encode([row])]
+
+
+def test_lone_surrogate_is_dropped_and_the_rows_beside_it_are_kept() -> None:
+    texts = ("a", "\ud800", "b")
+    outcomes = encoder_of(100).encode([Row.of(number=n, input=text, response="c") for n, text in enumerate(texts)])
+    assert outcomes[1] == Dropped(row=1, reason="not_representable")
+    assert all(isinstance(outcome, Example) for outcome in outcomes[::2])
+
+
 def test_text_behind_the_stop_token_is_not_part_of_the_example() -> None:
     one = case("byte_level", "newline", "bare")
     assert one.example(Row.of(number=0, input="a", response="b")).text == "Q:\na\nA:\nb<|im_end|>"

@@ -116,6 +116,10 @@ FORMATS: dict[str, tuple[dict[str, Any], Row]] = {
         {"instruction": "Add.", "input": "1 and 2", "output": "3"},
         Row.of(number=0, input="Add.", response="3", contexts=("1 and 2",)),
     ),
+    "dolly": (
+        {"instruction": "Add.", "context": "1 and 2", "response": "3"},
+        Row.of(number=0, input="Add.", response="3", contexts=("1 and 2",)),
+    ),
 }
 
 
@@ -137,7 +141,7 @@ def test_row_format_input_response_refuses_the_others(name: str) -> None:
 def test_row_format_forced_wins_over_input_and_response(name: str) -> None:
     row, expected = FORMATS[name]
     both = {"input": "other", "response": "other"} | row
-    assert read([both])[0].turns[0].response == "other"
+    assert read([both])[0] == Row.of(number=0, input=both["input"], response=both["response"])
     assert read([both], row_format=name) == [expected]
 
 
@@ -145,6 +149,55 @@ def test_row_format_in_a_column_of_another_name_is_found_by_its_items() -> None:
     for name in ("messages", "sharegpt"):
         row, expected = FORMATS[name]
         assert read([{"dialog": next(iter(row.values()))}], columns={"messages": "dialog"}) == [expected]
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "from in messages": {"messages": [{"from": FROM.get(m["role"], m["role"]), "value": m["content"]} for m in CHAT]},
+    "role in conversations": {"conversations": CHAT},
+    "roles of other names": {
+        "messages": [m | {"role": {"user": "Prompter", "system": "developer"}.get(m["role"], "model")} for m in CHAT]
+    },
+    "content in parts": {"messages": [m | {"content": [{"type": "text", "text": m["content"]}]} for m in CHAT]},
+    "messages as texts": {"messages": [json.dumps(m) for m in CHAT]},
+    "no tools": {"messages": CHAT, "tools": ""},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_messages_of_public_data_sets_are_read(name: str) -> None:
+    assert read([SHAPES[name]]) == [FORMATS["messages"][1]]
+
+
+def test_keys_that_say_nothing_do_not_ask_for_a_chat_template() -> None:
+    chat = [m | {"id": n, "tool_calls": []} for n, m in enumerate(CHAT)]
+    rows = read(
+        [{"messages": json.dumps(one)} for one in (chat, CHAT, [chat[0], chat[1] | {"name": "Ann"}, *chat[2:]])]
+    )
+    marked, bare, named = encoder_of().encode(rows)
+    assert isinstance(marked, Example) and isinstance(bare, Example)
+    assert marked.input_ids == bare.input_ids
+    assert named == Dropped(row=2, reason="needs_chat_template")
+
+
+def test_message_of_a_role_that_the_template_leaves_out_is_dropped() -> None:
+    encoder = chat_encoder(TEMPLATE.replace("for m in messages %}", "for m in messages if m.role != 'critic' %}"))
+    (row,) = read([{"messages": [*CHAT[:3], {"role": "critic", "content": "Odd."}, *CHAT[3:]]}])
+    assert encoder.encode([row]) == [Dropped(row=0, reason="refused_by_template")]
+
+
+def test_request_of_a_row_with_an_open_question_has_the_contexts_of_the_last_answer() -> None:
+    chat = [*CHAT[1:3], {"role": "user", "content": "More?"}]
+    (row,) = read([{"messages": chat, "contexts": ["C"]}])
+    assert row.first_prompt("all") == {"messages": chat[:1], "contexts": ["C"], "tools": []}
+
+
+def test_row_format_dolly_with_columns_takes_one_text_for_a_context() -> None:
+    rows = [{"question": "Q", "answer": "A", "context": "C"}]
+    columns = {"input": "question", "response": "answer"}
+    expected = [Row.of(number=0, input="Q", response="A", contexts=("C",))]
+    assert read(rows, columns=columns, row_format="dolly") == expected
+    with pytest.raises(DataError, match="`context` must be a list of texts .*`row_format: dolly` takes one text"):
+        read(rows, columns=columns | {"contexts": "context"})
 
 
 def test_messages_as_json_text_are_read() -> None:
@@ -174,6 +227,10 @@ def test_messages_with_a_system_column_take_it_unless_they_have_their_own() -> N
 BAD = {
     "no role": ([{"content": "a"}], r"row 1 .*: messages\[0\] has no `role` and `content`"),
     "null content": ([{"role": "user", "content": None}], r"row 1 .*: `messages\[0\].content` is null"),
+    "an image": (
+        [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
+        r"row 1 .*: messages\[0\] holds a part that is no text",
+    ),
     "texts": (["a"], r"row 1 .*: `messages` (must be a list of mappings|is neither a list nor the JSON)"),
 }
 
@@ -203,6 +260,14 @@ def test_conversation_with_train_on_last_trains_the_last_answer_of_the_same_toke
     whole, last = (one(encoder_of(train_on=train_on), row) for train_on in ("all", "last"))
     assert last.input_ids == whole.input_ids
     assert last.trained == whole.trained[1:]
+
+
+def test_answer_of_weight_zero_among_tool_messages_is_not_trained_and_the_request_has_no_weight() -> None:
+    chat = [TOOL_CHAT[0], TOOL_CHAT[1] | {"weight": 0}, *TOOL_CHAT[2:]]
+    (row,) = read([{"messages": json.dumps(chat)}])
+    encoder = chat_encoder()
+    assert trained_texts(encoder, one(encoder, row)) == ["It is 2.<|im_end|>"]
+    assert row.first_prompt("all")["messages"] == TOOL_CHAT[:3]
 
 
 def test_answer_of_weight_zero_is_not_trained() -> None:
@@ -280,6 +345,18 @@ def test_tools_and_reasoning_reach_the_chat_template_untouched() -> None:
     published = tokenizer.apply_chat_template(TOOL_CHAT, chat_template=TEMPLATE, tools=[TOOL], tokenize=False)
     assert example.text == str(published).removesuffix("\n")
     assert trained_texts(encoder, example) == ['(I add.)[add {"a": 1, "b": "x"}]<|im_end|>', "It is 2.<|im_end|>"]
+
+
+def test_control_text_in_tools_and_their_calls_stays_text() -> None:
+    text = json.dumps([TOOL_CHAT, [TOOL]])
+    marked = text.replace("1+1?", "<|im_end|>").replace('"x"', '"<|im_end|>"').replace('"2"', '"<|im_end|>"')
+    chat, tools = json.loads(marked)
+    assert marked.count("<|im_end|>") == 3
+    encoder = chat_encoder()
+    examples = [one(encoder, read([{"messages": json.dumps(m), "tools": tools}])[0]) for m in (TOOL_CHAT, chat)]
+    stop = encoder.tokenizer.control_tokens["<|im_end|>"]
+    assert [example.input_ids.count(stop) for example in examples] == [5, 5]
+    assert [example.has_control_text for example in examples] == [False, True]
 
 
 def test_tools_of_arrow_rows_have_no_nulls_that_the_data_had_not() -> None:

@@ -117,6 +117,11 @@ def test_other_chat_template_is_refused_with_both_sides(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_every_sample_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"for the input 'Where\?', does not give the prompt that was trained"):
+        export(tmp_path, manifest(samples=[sample(), replace(sample("Where?", ()), prompt_ids=[1, 2])]))
+
+
 def test_longer_prompt_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"' ' \(ids \[\d+\]\), in training it was the end"):
         export(tmp_path, manifest(chat_template=TEMPLATE.replace("answer:", "answer: ")))

@@ -20,7 +20,7 @@ from llm.prompt_format import PromptFormat, Segment, TrainOn
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import OnTooLong
 from llm.training.prep.join import JoinedIds, Pair, join_pairs
-from llm.training.prep.rows import Row
+from llm.training.prep.rows import Row, plain
 
 DropReason = Literal[
     "empty_response",
@@ -119,6 +119,7 @@ class Encoder:
 
     def encode(self, rows: Sequence[Row]) -> list[Outcome]:
         """What became of each row, in order; DataError where `on_too_long: error` forbids dropping."""
+        rows = rows if isinstance(self.prompt_format, ChatTemplateFormat) else [plain(row) for row in rows]
         is_plain = self._are_plain(rows)
         reasons = {row.number: self._why_unusable(row, is_plain=is_plain) for row in rows}
         full = [row for row in rows if reasons[row.number] is None]
@@ -222,16 +223,15 @@ class Encoder:
             return Dropped(row=row.number, reason="refused_by_template")
         input_ids: list[int] = []
         trained = []
-        for (_, segment), (prompt, response) in zip(pairs, joined, strict=True):
+        for prompt, response in joined:
             if response is None:
                 return Dropped(row=row.number, reason="no_exact_boundary")
-            if segment.is_trained and len(response) == 1:  # the stop token: the tokenizer leaves the rest out
+            if len(response) == 1:  # the stop token: the tokenizer leaves the rest out
                 num_tokens = sum(len(p) + len(r or ()) for p, r in joined)
                 return Dropped(row=row.number, reason="not_representable", num_tokens=num_tokens)
             start = len(input_ids) + len(prompt)
             input_ids += prompt + response
-            if segment.is_trained:
-                trained.append((start, len(input_ids)))
+            trained.append((start, len(input_ids)))
         if not trained or trained[0][0] == 0:
             return Dropped(row=row.number, reason="empty_prompt", num_tokens=len(input_ids))
         marked = "".join(prompt.text + response.text for prompt, response in pairs)

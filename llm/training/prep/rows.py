@@ -4,13 +4,16 @@
     messages        messages: [{role: user, content}, {role: assistant, content}]  OpenAI, TRL
     sharegpt        conversations: [{from: human, value}, {from: gpt, value}]       ShareGPT, Vicuna
     alpaca          instruction, output and, if there, input (becomes a context)    Stanford Alpaca
+    dolly           instruction, response and, if there, context                    Databricks Dolly
+
+A message of `messages` or `conversations` may be of either kind.
 
 `columns` of the config says what a column is called here, `row_format` forces one of these, `auto` finds it.
 """
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +37,25 @@ _COLUMNS: dict[str, dict[ColumnName, str]] = {
     "messages": {"messages": "messages", "contexts": "contexts", "system": "system", "tools": "tools"},
     "sharegpt": {"messages": "conversations", "contexts": "contexts", "system": "system", "tools": "tools"},
     "alpaca": {"input": "instruction", "response": "output", "contexts": "input", "system": "system"},
+    "dolly": {"input": "instruction", "response": "response", "contexts": "context", "system": "system"},
 }
+_ONE_CONTEXT = ("alpaca", "dolly")  # their column of contexts holds one text
 _REQUIRED = ("input", "response", "messages")
-_SHAREGPT_ROLES = dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), "assistant") | {"human": "user"}
+_ROLES = (
+    dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot"), "assistant")
+    | dict.fromkeys(("user", "human", "prompter"), "user")
+    | dict.fromkeys(("tool", "observation", "function_response"), "tool")
+    | dict.fromkeys(("system", "developer"), "system")
+)
+# What a message can say beside its content; other keys (ids, languages, ratings) only a chat template may look at.
+_SAYING = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "name")
 _ONE_MESSAGE = '{"role": "user", "content": "..."}'
 # Where a column that is called otherwise mostly holds the same: for the advice only.
 _OTHER_NAMES: dict[ColumnName, tuple[str, ...]] = {
     "input": ("question", "prompt", "instruction", "query", "problem", "text", "document"),
-    "response": ("answer", "completion", "output", "target", "solution", "summary", "label"),
+    "response": ("answer", "completion", "output", "target", "solution", "summary", "highlights", "label"),
+    "contexts": ("context", "documents", "passages"),
+    "system": ("system_prompt", "system_message"),
 }
 
 
@@ -75,8 +89,9 @@ class Row:
 
     def first_prompt(self, train_on: TrainOn) -> dict[str, list[Any]]:
         """`messages`, `contexts` and `tools` before the first answer that is trained, as a request would have them."""
-        system, chat = split_system(self.chat["messages"]) if self.chat else (self.system, _messages_of(self.turns))
-        contexts = self.chat["contexts"] if self.chat else self.turns[-1].contexts
+        turns = self.answered("all")
+        system, chat = split_system(self.chat["messages"]) if self.chat else (self.system, _messages_of(turns))
+        contexts = self.chat["contexts"] if self.chat else turns[-1].contexts
         end = answer_places(chat, train_on)[0]
         asked = [place for place, message in enumerate(chat) if message["role"] == "user"]
         said = [{name: value for name, value in message.items() if name != "weight"} for message in chat[:end]]
@@ -153,30 +168,25 @@ def _values(table: pa.Table, column: str, start: int) -> list[Any]:
 
 def guess_columns(names: Sequence[str]) -> dict[ColumnName, str]:
     """Columns that most likely hold `input` and `response` under other names; none for what has its own name."""
-    found: dict[ColumnName, str] = {}
-    for ours, others in _OTHER_NAMES.items():
-        near = [name for name in others if name in names]
-        if ours not in names and near:
-            found[ours] = near[0]
-    return found
+    return _near(names, ("input", "response"))
+
+
+def _near(names: Sequence[str], wanted: Iterable[ColumnName]) -> dict[ColumnName, str]:
+    found = {ours: [name for name in _OTHER_NAMES[ours] if name in names] for ours in wanted if ours not in names}
+    return {ours: near[0] for ours, near in found.items() if near}
 
 
 def _row_format(dataset: "Dataset", given: Mapping[ColumnName, str]) -> RowFormat:
     """The format whose columns are there: ours first."""
     names = {*dataset.column_names}
     if "messages" in given:
-        return "sharegpt" if _is_sharegpt(dataset, given["messages"]) else "messages"
+        return "messages"
     if {"input", "response"} & {*given} or {"input", "response"} <= names:
         return "input_response"
-    for column in ("messages", "conversations"):
-        if column in names:
-            return "sharegpt" if _is_sharegpt(dataset, column) else "messages"
-    return "alpaca" if {"instruction", "output"} <= names else "input_response"
-
-
-def _is_sharegpt(dataset: "Dataset", column: str) -> bool:
-    first = _objects(dataset.with_format("arrow")[:1][column].to_pylist()[0], f"{_KEY}: row 0", column)
-    return bool(first) and "from" in first[0]
+    if "messages" in names or "conversations" in names:
+        return "messages" if "messages" in names else "sharegpt"
+    formats: tuple[RowFormat, ...] = ("alpaca", "dolly")
+    return next((one for one in formats if {"instruction", _COLUMNS[one]["response"]} <= names), "input_response")
 
 
 def _check_columns(source: Source) -> None:
@@ -188,9 +198,10 @@ def _check_columns(source: Source) -> None:
             raise DataError(_missing(source, theirs))
         if ours in ("messages", "tools") or _is_null(kind):
             continue
-        is_contexts = ours == "contexts" and source.row_format != "alpaca"
+        is_contexts = ours == "contexts" and source.row_format not in _ONE_CONTEXT
         if not is_text(getattr(kind, "feature", None) if is_contexts else kind):
-            wanted = 'a list of texts in each row, e.g. ["..."]' if is_contexts else "text"
+            wanted = 'a list of texts in each row, e.g. ["..."] (`row_format: dolly` takes one text)'
+            wanted = wanted if is_contexts else "text"
             raise DataError(
                 f"{_KEY}: column `{theirs}` must be {wanted}{';' if is_contexts else ','} it is {_kind_name(kind)}"
                 f"{_example(source.dataset, theirs)}."
@@ -201,12 +212,31 @@ def _missing(source: Source, wanted: str) -> str:
     names = source.dataset.column_names
     near = did_you_mean(wanted, names)
     hint = f"{near} " if near.startswith("Did") else ""
-    guess = {ours: guess_columns(names).get(ours, "...") for ours in _OTHER_NAMES if ours not in names}
+    talks = [name for name, kind in source.dataset.features.items() if _is_talk(kind)]
+    guess: dict[ColumnName, str] = {"messages": talks[0]} if len(talks) == 1 else {}
+    if not guess:
+        guess = {ours: "..." for ours in _OTHER_NAMES if ours not in names and ours in _REQUIRED}
+        guess |= _near(names, _OTHER_NAMES)
     mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in guess.items())
     return (
         f"{_KEY}: the rows have no column `{wanted}`; they have {quoted(names)}. {hint}"
         f"Say what the columns are called, e.g. `columns: {{{mapped}}}`, or give rows with `messages`."
     )
+
+
+def _is_talk(feature: Any) -> bool:
+    """Whether a column of this kind holds messages."""
+    keys = getattr(feature, "feature", None)
+    return isinstance(keys, Mapping) and ({"role", "content"} <= {*keys} or {"from", "value"} <= {*keys})
+
+
+def plain(row: Row) -> Row:
+    """`row` as turns where its messages hold more keys, but none that says something: for named formats."""
+    if row.chat is None or any(message.get(name) for message in row.chat["messages"] for name in _SAYING):
+        return row
+    known = ("role", "content", "weight")
+    messages = [{name: message[name] for name in known if name in message} for message in row.chat["messages"]]
+    return _conversation(row.number, {**row.chat, "messages": messages}, row.system, tuple(row.chat["contexts"]))
 
 
 def _row(number: int, values: dict[ColumnName, Any], source: Source) -> Row:
@@ -216,14 +246,16 @@ def _row(number: int, values: dict[ColumnName, Any], source: Source) -> Row:
     if None in contexts:
         raise DataError(_null(where, f"contexts[{contexts.index(None)}]"))
     system = values.get("system") or ""
+    tools = _objects(values.get("tools"), where, "tools")
     if "messages" in values:
-        chat = {ours: _objects(values.get(ours), where, ours) for ours in ("messages", "tools")}
-        return _conversation(number, _told(chat, where), system, tuple(contexts))
+        found = _objects(values["messages"], where, "messages")
+        messages = [_message(one, where, f"messages[{place}]") for place, one in enumerate(found)]
+        return _conversation(number, {"messages": messages, "tools": tools}, system, tuple(contexts))
     for ours in ("input", "response"):
         if values[ours] is None:
             raise DataError(_null(where, source.columns[ours]))
-    turn = Message(values["input"], values["response"], tuple(contexts))
-    return Row(number=number, turns=(turn,), system=system)
+    messages = [{"role": "user", "content": values["input"]}, {"role": "assistant", "content": values["response"]}]
+    return _conversation(number, {"messages": messages, "tools": tools}, system, tuple(contexts))
 
 
 def _null(where: str, name: str) -> str:
@@ -236,13 +268,17 @@ def _null(where: str, name: str) -> str:
 def _objects(value: Any, where: str, ours: str) -> list[dict[str, Any]]:
     """Messages or tools, which csv and some json files hold as text; DataError when they are none."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value or []
-        objects = [_without_nulls(json.loads(one) if isinstance(one, str) else one) for one in found]
+        found = json.loads(value.strip() or "[]") if isinstance(value, str) else value
+        objects = [_without_nulls(json.loads(one) if _is_json_object(one) else one) for one in found or []]
     except (json.JSONDecodeError, TypeError) as error:
         raise DataError(f"{where}: `{ours}` is neither a list nor the JSON of one ({error}).") from error
     if not all(isinstance(one, dict) for one in objects):
         raise DataError(f"{where}: `{ours}` must be a list of mappings, e.g. {_ONE_MESSAGE}; it holds {objects!r:.60}.")
     return objects
+
+
+def _is_json_object(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("{")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -252,19 +288,28 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def _told(chat: dict[str, list[Any]], where: str) -> dict[str, list[Any]]:
-    """The messages as `role` and `content`; DataError for one that has no role, or nothing to say."""
-    messages = []
-    for place, message in enumerate(chat["messages"]):
-        if "from" in message:
-            role = _SHAREGPT_ROLES.get(message["from"], message["from"])
-            message = {"role": role, "content": message.get("value")}
-        if not isinstance(message.get("role"), str):
-            raise DataError(f"{where}: messages[{place}] has no `role` and `content` (or `from` and `value`).")
-        if message.get("content") is None and "tool_calls" not in message:
-            raise DataError(_null(where, f"messages[{place}].content"))
-        messages.append(message)
-    return {"messages": messages, "tools": chat["tools"]}
+def _message(message: dict[str, Any], where: str, name: str) -> dict[str, Any]:
+    """The message with one of our roles, and text as content; DataError for one without a role, or nothing to say."""
+    if "from" in message:
+        weight = {"weight": message["weight"]} if "weight" in message else {}
+        message = {"role": message["from"], "content": message.get("value"), **weight}
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise DataError(f"{where}: {name} has no `role` and `content` (or `from` and `value`).")
+    if content is None and "tool_calls" not in message:
+        raise DataError(_null(where, f"{name}.content"))
+    said = {} if content is None else {"content": _joined(content, f"{where}: {name}")}
+    return {**message, "role": _ROLES.get(role.lower(), role), **said}
+
+
+def _joined(content: Any, where: str) -> Any:
+    """The text of content in parts, as OpenAI has them; DataError where a part is no text."""
+    if not isinstance(content, list):
+        return content
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where} holds a part that is no text, such as an image: only text can be trained.")
+    return "".join(texts)
 
 
 def _conversation(number: int, chat: dict[str, list[Any]], system: str, contexts: tuple[str, ...]) -> Row:
@@ -274,7 +319,7 @@ def _conversation(number: int, chat: dict[str, list[Any]], system: str, contexts
     said = messages[has_system:]
     roles = [message["role"] for message in said]
     is_plain = roles == (["user", "assistant"] * len(roles))[: len(roles)] and all(
-        {*message} <= {"role", "content", "weight"} and isinstance(message["content"], str) for message in messages
+        {*message} <= {"role", "content", "weight"} and isinstance(message.get("content"), str) for message in messages
     )
     if not is_plain or chat["tools"]:
         messages = messages if has_system or not system else [{"role": "system", "content": system}, *messages]
