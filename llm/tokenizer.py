@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, normalizers
 
 from llm.errors import ConfigError, loading_reason
 from llm.model_registry import check_is_reachable
+from llm.stored_tokenizer import StoredTokenizer, read_stored, stored_path, write_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ _LIKE_OURS = re.compile(f"{_AS_TEXT}[0-9]+{_AS_TEXT}|{_AS_MARK}[0-9]+{_AS_MARK}"
 class PromptTokenizer:
     """Ids of texts exactly as inference makes them; see the module docstring."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase | StoredTokenizer") -> None:
         """Wraps `tokenizer`; ConfigError when it is not backed by the tokenizers library."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -179,14 +180,20 @@ def _token_bytes(token: str) -> bytes:
 
 
 def load_prompt_tokenizer(base_model: str) -> PromptTokenizer:
-    """The tokenizer of a hub id or folder; ConfigError when there is none."""
+    """The tokenizer of a hub id or folder, from the cache if it was built before; ConfigError when there is none."""
     check_is_reachable(base_model)
+    kept = stored_path(base_model)
+    if kept and (stored := read_stored(kept, base_model)):
+        return PromptTokenizer(stored)
 
-    # Here, not above: 3 s with torch, once the configuration is known to be right.
+    # Here, not above: 4 s with torch, once the configuration is known to be right.
     from transformers import AutoTokenizer
 
     try:
-        return PromptTokenizer(AutoTokenizer.from_pretrained(base_model, trust_remote_code=False))
+        built = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+        if kept:
+            write_stored(kept, built)
+        return PromptTokenizer(built)
     except (OSError, ValueError, KeyError) as error:
         reason = loading_reason(error).splitlines()[0]
         if Path(base_model).is_dir() and "code" not in reason:
@@ -198,13 +205,14 @@ def load_prompt_tokenizer(base_model: str) -> PromptTokenizer:
         ) from error
 
 
-def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase | StoredTokenizer") -> str:
     """A hash of everything that makes ids of text: vocabulary, merges, added tokens, normalisation.
 
     The same for a hub copy and a saved folder; padding, truncation and the chat template do not count.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
+        assert not isinstance(tokenizer, StoredTokenizer), "only one with a backend is kept"
         facts = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     else:  # its own JSON, whose order is fixed; padding and truncation stand before the added tokens
         facts = backend.to_str().partition('"added_tokens"')[2]

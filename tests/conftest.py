@@ -1,6 +1,8 @@
 """Tiny real tokenizers, made on the spot: byte-level BPE, SentencePiece-style with a dummy prefix, WordPiece-like."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from llm.tokenizer import PromptTokenizer
+
+os.environ["LLM_TRAIN_CACHE"] = tempfile.mkdtemp(prefix="llm-train-cache-")  # also for the processes that tests start
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. 0123456789",
