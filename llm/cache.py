@@ -20,6 +20,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     staged = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         write(staged)
+        with staged.open("rb") as file:
+            os.fsync(file.fileno())
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)

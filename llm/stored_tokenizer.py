@@ -1,4 +1,4 @@
-"""A tokenizer as `AutoTokenizer` built it, kept in the cache: the next start takes 0.1 s, without transformers or torch.
+"""A tokenizer as `AutoTokenizer` built it, kept: the next start takes 0.1 s, without transformers or torch.
 
 `AutoTokenizer` does not just read tokenizer.json: by model, class and version it rebuilds parts of it. So what it built
 is kept, under a hash of everything that it was built from.

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llm.tokenizer import PromptTokenizer
 
-os.environ["LLM_TRAIN_CACHE"] = tempfile.mkdtemp(prefix="llm-train-cache-")  # also for the processes that tests start
+CACHE = tempfile.TemporaryDirectory(prefix="llm-train-cache-")
+os.environ["LLM_TRAIN_CACHE"] = CACHE.name  # also for the processes that tests start
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. 0123456789",
@@ -85,6 +87,15 @@ def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"], clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_rows(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenized rows are of one test only; built tokenizers serve all."""
+    folder, shared = tmp_path_factory.mktemp("cache"), Path(CACHE.name) / "tokenizers"
+    shared.mkdir(exist_ok=True)
+    (folder / "tokenizers").symlink_to(shared)
+    monkeypatch.setenv("LLM_TRAIN_CACHE", str(folder))
 
 
 @pytest.fixture(scope="session")

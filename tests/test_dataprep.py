@@ -185,8 +185,9 @@ def test_dataprep_run_again_writes_the_same_bytes(job: Job, method: str) -> None
     job.done(dataset_writer_config=writer_config(target, method), seed=5)
     before = job.files(target)
     assert len(before) >= 3
-    job.done(dataset_writer_config=writer_config(target, method), seed=5, overwrite=True)
-    assert job.files(target) == before
+    for reuse_tokens in (True, False):
+        job.done(dataset_writer_config=writer_config(target, method), seed=5, overwrite=True, reuse_tokens=reuse_tokens)
+        assert job.files(target) == before
 
 
 def test_dataprep_of_rows_in_any_file_format_has_the_same_blocks(job: Job) -> None:
@@ -555,7 +556,9 @@ def test_dataprep_with_one_and_two_threads_writes_the_same_bytes(job: Job, forks
     found = []
     for count in (1, 2):
         target = job.folder / f"of_{count}" / "train"
-        assert forks.run(job.write(num_proc=count, dataset_writer_config=writer_config(target))) == 0
+        assert (
+            forks.run(job.write(num_proc=count, reuse_tokens=False, dataset_writer_config=writer_config(target))) == 0
+        )
         found.append(job.files(target))
         assert read_manifest(str(target)).counts["rows_kept"] == 1200
     assert found[0] == found[1]
@@ -576,10 +579,11 @@ def test_dataprep_killed_at_any_time_leaves_an_old_or_a_new_target_and_reruns_to
     assert after != before
 
     chance, codes = random.Random(1500), []
-    for _ in range(4):
+    for number in range(4):
         shutil.rmtree(job.target)
         shutil.copytree(old, job.target)
-        codes.append(forks.run(job.write(chunksize=192), kill_after_seconds=seconds * chance.uniform(0.1, 0.9)))
+        config = job.write(chunksize=192, reuse_tokens=number % 2 == 0)
+        codes.append(forks.run(config, kill_after_seconds=seconds * chance.uniform(0.1, 0.9)))
         left = job.files()
         assert left in (before, after, {})
         if left:

@@ -19,6 +19,7 @@ from llm.training.prep.engine import encode_rows, for_source, open_encoder
 from llm.training.prep.manifest import Manifest
 from llm.training.prep.pack import choose_packing
 from llm.training.prep.report import make_report
+from llm.training.prep.reuse import reuse_of
 from llm.training.prep.rows import load_source
 from llm.training.prep.summary import ledger_with_blocks, make_manifest, print_summary
 from llm.training.prep.target import open_target, staged
@@ -37,7 +38,7 @@ def prepare(config: DataPrepConfig) -> Manifest:
     source = load_source(config.source_config, columns=config.columns, row_format=config.row_format)
     encoder = for_source(encoder, config, source)
     with staged(target) as (folder, staging):
-        examples = encode_rows(source, encoder, folder)
+        examples = encode_rows(source, encoder, folder, reuse=reuse_of(config, encoder, target))
         packing = choose_packing(examples, config)
         batches = iterate_blocks(
             examples.table, packing, padding(config, encoder.tokenizer), decode=encoder.tokenizer.decode

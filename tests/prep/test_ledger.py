@@ -20,7 +20,7 @@ from llm.training.prep.engine import encode_rows, open_encoder
 from llm.training.prep.manifest import Manifest, Sample, manifest_path, read_manifest, write_manifest
 from llm.training.prep.pack import pack_examples
 from llm.training.prep.rows import Row, with_columns
-from llm.training.prep.store import Examples, ExampleWriter
+from llm.training.prep.store import Collector, Examples, ShardStore
 from llm.training.prep.summary import ledger_with_blocks, make_manifest, print_summary
 from llm.training.prep.target import Target
 
@@ -38,11 +38,12 @@ OUTCOMES = [
 
 
 def spilled(folder: Path, rows: list[Row] = ROWS, batch_size: int = 4) -> Examples:
-    folder.mkdir(exist_ok=True)
-    with ExampleWriter(folder) as writer:
-        for start in range(0, len(rows), batch_size):
-            writer.add(rows[start : start + batch_size], OUTCOMES[start : min(start + batch_size, len(rows))])
-    return writer.read()
+    """The shards of `rows`, and what is read back of them."""
+    store, collector = ShardStore(folder), Collector("all")
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        collector.add(batch, store.shard(batch, lambda batch: [OUTCOMES[row.number] for row in batch]))
+    return collector.examples()
 
 
 @pytest.fixture
@@ -215,9 +216,9 @@ def test_ledger_estimates_contexts_by_their_share_of_characters(tmp_path: Path) 
     rows = [Row.of(number=n, input="q", response="a", contexts=("12345", "67890")) for n in range(2)]
     whole = Example(row=0, text="x" * 40, input_ids=list(range(20)), trained=((18, 20),))
     cut = Example(row=1, text="x" * 40, input_ids=list(range(8)), trained=((6, 8),), num_cut_contexts=1)
-    with ExampleWriter(tmp_path) as writer:
-        writer.add(rows, [whole, cut])
-    examples = writer.read()
+    collector = Collector("all")
+    collector.add(rows, ShardStore(tmp_path).shard(rows, lambda batch: [whole, cut]))
+    examples = collector.examples()
     ledger = ledger_with_blocks(examples, pack_examples(examples.lengths, chunksize=20))
     assert ledger["num_contexts_characters"].to_pylist() == [10, 5]
     assert ledger["estimated_contexts_tokens"].to_pylist() == [5, 1]  # 10 of 40, 5 of 40 characters

@@ -288,9 +288,8 @@ def test_dataprep_writes_the_report_beside_the_data_the_same_bytes_again(
     ]
     found = []
     for overwrite in (False, True):
-        prepare(
-            make_config(tmp_path, settings(source, model, tmp_path / name, chunksize=200, overwrite=overwrite, seed=1))
-        )
+        given = settings(source, model, tmp_path / name, chunksize=200, overwrite=overwrite, seed=1, reuse_tokens=False)
+        prepare(make_config(tmp_path, given))
         found.append([path.read_bytes() for path in paths])
     assert found[0] == found[1]
     assert str(paths[1]) in capsys.readouterr().err

@@ -396,7 +396,7 @@ def test_pack_false_shares_nothing(tmp_path: Path, model: Path) -> None:
 def test_shared_blocks_are_the_same_bytes_for_one_and_two_threads_and_on_a_rerun(tmp_path: Path, model: Path) -> None:
     found = []
     for name, num_proc in (("a", 1), ("b", 2), ("c", 2)):
-        prepared(tmp_path / name, model, QUESTIONS, num_proc=num_proc, seed=3)
+        prepared(tmp_path / name, model, QUESTIONS, num_proc=num_proc, seed=3, reuse_tokens=False)
         found.append(files_of(tmp_path / name))
     assert found[0] == found[1] == found[2] and len(found[0]) == 2
 

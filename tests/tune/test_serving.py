@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 
 from llm.training.config import FinetuneConfig
 from llm.training.finetune import finetune
+from llm.training.tune.attention import node_paths
 from llm.training.tune.merge import merge_adapter
 
 ROOT = Path(__file__).parents[2]
@@ -128,12 +130,14 @@ def trained(folder: Path) -> list[Trained]:
     """What is stored, in the order of the rows."""
     found: dict[int, Trained] = {}
     for block in load_from_disk(str(folder / "train")):
-        start = 0
-        for row, length in zip(block["example_rows"], block["node_lengths"], strict=True):
-            ids, labels = (block[name][start : start + length] for name in ("input_ids", "labels"))
+        parents = block["node_parents"]
+        starts = [0, *accumulate(block["node_lengths"])]
+        ends = [path for path in node_paths(parents) if path[-1] not in parents]  # where an example ends
+        for row, path in zip(block["example_rows"], ends, strict=True):
+            places = [place for node in path for place in range(starts[node], starts[node + 1])]
+            ids, labels = ([block[name][place] for place in places] for name in ("input_ids", "labels"))
             prompt = next(n for n, label in enumerate(labels) if label != -100)
             found[row] = Trained(prompt=ids[:prompt], labels=labels[prompt:])
-            start += length
     assert sorted(found) == list(range(len(ROWS)))
     return [found[row] for row in sorted(found)]
 

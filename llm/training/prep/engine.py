@@ -13,8 +13,9 @@ from llm.tokenizer import load_prompt_tokenizer
 from llm.training.config import DataPrepConfig, MethodConfig
 from llm.training.prep.encode import DROP_ADVICE, Encoder
 from llm.training.prep.overlap import two_at_a_time
+from llm.training.prep.reuse import Reuse
 from llm.training.prep.rows import Source, iterate_rows
-from llm.training.prep.store import Examples, ExampleWriter
+from llm.training.prep.store import Collector, Examples, ShardStore
 
 _ROWS_AT_ONCE = 1000
 
@@ -52,16 +53,21 @@ def for_source(encoder: Encoder, config: DataPrepConfig, source: Source) -> Enco
     return replace(encoder, prompt=Prompt()) if is_default else encoder
 
 
-def encode_rows(source: Source, encoder: Encoder, folder: Path) -> Examples:
-    """The examples of all rows, spilled to `folder`; DataError when none is left, with the reasons."""
+def encode_rows(source: Source, encoder: Encoder, folder: Path, *, reuse: Reuse | None = None) -> Examples:
+    """The examples of all rows, spilled to `folder`, or with `reuse` to the cache; DataError when none is left."""
     num_rows = len(source.dataset)
+    store = ShardStore(reuse.folder if reuse else folder / "rows")
+    collector = Collector(encoder.train_on)
+    if reuse:
+        reuse.begin()
     batches = iterate_rows(source, batch_size=_ROWS_AT_ONCE)
-    bar = progress_bar("Tokenizing", total=num_rows, unit="rows")
-    with ExampleWriter(folder) as writer, bar as advance:
-        for batch, outcomes in two_at_a_time(encoder.encode, batches):
-            writer.add(batch, outcomes, train_on=encoder.train_on)
+    with progress_bar("Tokenizing", total=num_rows, unit="rows") as advance:
+        for batch, shard in two_at_a_time(lambda rows: store.shard(rows, encoder.encode), batches):
+            collector.add(batch, shard)
             advance(len(batch))
-    examples = writer.read()
+    if reuse:
+        reuse.end(num_rows=num_rows, num_reused=collector.num_reused_rows)
+    examples = collector.examples()
     if not len(examples.lengths):
         reasons = {what.removeprefix("dropped: "): count for what, count in examples.counts().items()}
         told = "\n".join(f"- {reason}, {count} rows: {DROP_ADVICE[reason]}" for reason, count in reasons.items())

@@ -1,22 +1,23 @@
-"""Examples on their way to blocks: spilled to an Arrow file, so that only lengths stay in memory.
+"""Examples on their way to blocks: spilled to Arrow files, so that only lengths stay in memory.
 
-`ExampleWriter` takes the outcomes of stage 3 in batches; `Examples` gives them back from a memory map in any order.
+`ShardStore` puts what became of each batch of rows into files of its own, under a hash of these rows, or finds them
+there; `Examples` gives all of them back from memory maps in any order.
 """
 
+import functools
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from llm.cache import write_whole
 from llm.prompt_format import TrainOn
 from llm.training.prep.arrays import Ints, make_lists
 from llm.training.prep.encode import Dropped, Example, Outcome
@@ -65,67 +66,112 @@ class Examples:
         return Counter(f"{outcome}: {reason}" if outcome == "dropped" else outcome for outcome, reason in reasons)
 
 
-class ExampleWriter:
-    """Writes outcomes to `folder`; used as a context, then `read()`."""
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """What became of one batch of rows: `examples` (of SCHEMA) and a ledger line for each row, both memory-mapped."""
+
+    examples: pa.RecordBatch
+    ledger: pa.RecordBatch
+    digest: str
+    is_reused: bool
+
+
+class ShardStore:
+    """Shards in a folder, all made by the same encoder; a killed run leaves whole ones, and none in part."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens the spill file in `folder`, which must exist."""
-        self._path = folder / "examples.arrow"
-        self._sink = pa.OSFile(str(self._path), "wb")
-        self._writer = pa.ipc.new_file(self._sink, SCHEMA)
-        self._lengths: list[npt.NDArray[np.int64]] = []
-        self._ledger: list[pa.RecordBatch] = []
+        """Uses what is in `folder`, which need not be there."""
+        self._folder = folder
+
+    def shard(self, rows: Sequence[Row], encode: Callable[[Sequence[Row]], Sequence[Outcome]]) -> Shard:
+        """The shard of `rows`, found or made by `encode`; threads may call this, each with its own rows."""
+        digest = hashlib.blake2b(json.dumps([_facts(row) for row in rows]).encode(), digest_size=16).hexdigest()
+        examples, ledger = (self._folder / f"{digest}.{name}.arrow" for name in ("examples", "ledger"))
+        found = _read(ledger), _read(examples)
+        if is_made := None in found:
+            outcomes = encode(rows)
+            for path, batch in ((examples, _examples_batch(outcomes)), (ledger, _ledger_batch(rows, outcomes))):
+                write_whole(path, functools.partial(_write, batch))
+            found = _read(ledger), _read(examples)
+        else:
+            for path in (examples, ledger):
+                os.utime(path)  # used: see `remove_unused`
+        assert found[0] is not None and found[1] is not None
+        return Shard(examples=found[1], ledger=found[0], digest=digest, is_reused=not is_made)
+
+
+class Collector:
+    """Takes shards in the order of their rows, gives `Examples`."""
+
+    def __init__(self, train_on: TrainOn) -> None:
+        """`train_on`: which prompts the samples show."""
+        self._train_on = train_on
+        self._shards: list[Shard] = []
         self._samples: list[Sample] = []
-        self._source = hashlib.blake2b(digest_size=16)
+        self.num_reused_rows = 0
 
-    def __enter__(self) -> Self:
-        """The writer itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Closes the file."""
-        self._writer.close()
-        self._sink.close()
-
-    def add(self, rows: Sequence[Row], outcomes: Sequence[Outcome], *, train_on: TrainOn = "all") -> None:
-        """Appends one batch of rows and what became of them, in row order."""
-        self._source.update(json.dumps([_facts(row) for row in rows]).encode())
+    def add(self, rows: Sequence[Row], shard: Shard) -> None:
+        """Appends the shard of `rows`."""
+        self._shards.append(shard)
+        self.num_reused_rows += len(rows) * shard.is_reused
         if len(self._samples) < _NUM_SAMPLES:
-            self._samples += list(_samples(rows, outcomes, train_on))[: _NUM_SAMPLES - len(self._samples)]
-        examples = [outcome for outcome in outcomes if isinstance(outcome, Example)]
-        entries = list(zip(*map(_entry, rows, outcomes), strict=True))
-        columns = [pa.array(values, kind) for values, kind in zip(entries, _LEDGER.values(), strict=True)]
-        self._ledger.append(pa.record_batch(columns, schema=pa.schema(_LEDGER)))
-        self._lengths.append(np.array([len(example.input_ids) for example in examples], dtype=np.int64))
-        columns = [
-            pa.array([example.row for example in examples], pa.int64()),
-            pa.array([example.text for example in examples], pa.string()),
-            _lists([example.input_ids for example in examples]),
-            _lists([[place for span in example.trained for place in span] for example in examples]),
-        ]
-        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            self._samples += islice(_samples(rows, shard, self._train_on), _NUM_SAMPLES - len(self._samples))
 
-    def read(self) -> Examples:
-        """What was written; the tokens stay on disk."""
-        with pa.memory_map(str(self._path)) as source:
-            table = pa.ipc.open_file(source).read_all()
-        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, dtype=np.int64)
+    def examples(self) -> Examples:
+        """All of them; the tokens stay on disk."""
+        table = pa.Table.from_batches([shard.examples for shard in self._shards], SCHEMA)
+        lengths = [shard.examples["input_ids"].value_lengths().to_numpy() for shard in self._shards]
         return Examples(
             table=table,
-            lengths=lengths,
-            ledger=pa.Table.from_batches(self._ledger),
+            lengths=np.concatenate([np.empty(0, dtype=np.int64), *lengths]),
+            ledger=pa.Table.from_batches([shard.ledger for shard in self._shards], pa.schema(_LEDGER)),
             samples=self._samples,
-            source_fingerprint=self._source.hexdigest(),
+            source_fingerprint=hashlib.blake2b(
+                "".join(shard.digest for shard in self._shards).encode(), digest_size=16
+            ).hexdigest(),
         )
 
 
-def _samples(rows: Sequence[Row], outcomes: Sequence[Outcome], train_on: TrainOn) -> Iterator[Sample]:
+def _samples(rows: Sequence[Row], shard: Shard, train_on: TrainOn) -> Iterator[Sample]:
     """Whole rows without control-token text: those that a chat template can reproduce."""
-    for row, outcome in zip(rows, outcomes, strict=True):
-        if isinstance(outcome, Example) and not outcome.is_cut and not outcome.has_control_text:
-            yield Sample(**row.first_prompt(train_on), prompt_ids=outcome.input_ids[: outcome.num_prompt_tokens])
+    all_ids = iter(shard.examples["input_ids"])
+    for row, entry in zip(rows, shard.ledger.to_pylist(), strict=True):
+        if entry["outcome"] == "dropped":
+            continue
+        ids = next(all_ids)
+        if entry["outcome"] == "kept" and not entry["has_control_text"]:
+            yield Sample(**row.first_prompt(train_on), prompt_ids=ids.as_py()[: entry["num_prompt_tokens"]])
+
+
+def _read(path: Path) -> pa.RecordBatch | None:
+    """The batch in the file; None when it is not there, or damaged."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).get_batch(0)
+    except (OSError, pa.ArrowInvalid):
+        return None
+
+
+def _write(batch: pa.RecordBatch, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _examples_batch(outcomes: Sequence[Outcome]) -> pa.RecordBatch:
+    examples = [outcome for outcome in outcomes if isinstance(outcome, Example)]
+    columns = [
+        pa.array([example.row for example in examples], pa.int64()),
+        pa.array([example.text for example in examples], pa.string()),
+        _lists([example.input_ids for example in examples]),
+        _lists([[place for span in example.trained for place in span] for example in examples]),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _ledger_batch(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> pa.RecordBatch:
+    entries = list(zip(*map(_entry, rows, outcomes), strict=True))
+    columns = [pa.array(values, kind) for values, kind in zip(entries, _LEDGER.values(), strict=True)]
+    return pa.record_batch(columns, schema=pa.schema(_LEDGER))
 
 
 def _lists(values: list[list[int]]) -> pa.ListArray:
