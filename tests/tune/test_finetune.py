@@ -49,20 +49,36 @@ def save_base_model(folder: Path, architecture: str, **changes: Any) -> Path:
     return folder
 
 
+SHARED = "Answer with the sum, in one short sentence, and with nothing else."  # tokens enough for a node
+
+
 def prepare_blocks(
-    folder: Path, base_model: Path, *, pack: bool = True, method: str = "save_to_disk", name: str = "blocks"
+    folder: Path,
+    base_model: Path,
+    *,
+    pack: bool = True,
+    method: str = "save_to_disk",
+    name: str = "blocks",
+    system_message: str = "",
 ) -> Path:
+    """Blocks of 36 rows, which share `system_message` if there is one."""
     rows = folder / "rows.jsonl"
     lines = [{"input": f"{n} + 1?", "response": f"It is {n + 1}." + "!" * (n % 5)} for n in range(36)]
     rows.write_text("\n".join(json.dumps(line) for line in lines))
     path_key = "dataset_path" if method == "save_to_disk" else "path_or_buf"
     writer = MethodConfig(method=method, kwargs={path_key: str(folder / name)})
     source = DatasetConfig(method="load_path", kwargs={"path": str(rows)})
-    prepare(
+    manifest = prepare(
         DataPrepConfig(
-            source_config=source, base_model=str(base_model), dataset_writer_config=writer, chunksize=128, pack=pack
+            source_config=source,
+            base_model=str(base_model),
+            prompt_config=MethodConfig(method="DefaultPrompt", kwargs={"system_message": system_message}),
+            dataset_writer_config=writer,
+            chunksize=128,
+            pack=pack,
         )
     )
+    assert bool(manifest.counts["shared"]["nodes"]) == bool(system_message)
     return folder / name
 
 
@@ -140,9 +156,13 @@ def test_command_trains_exports_and_tells(tmp_path: Path, base_model: Path) -> N
     assert load_config(str(tmp_path / "out" / "final_output" / "finetune.yaml"), FinetuneConfig) == config
 
 
-def test_resumed_run_ends_with_the_weights_of_a_straight_one(tmp_path: Path, base_model: Path) -> None:
-    prepare_blocks(tmp_path, base_model)
-    config = make_config(tmp_path, base_model, lora_config={"lora_dropout": 0.1})
+@pytest.mark.parametrize("system_message", ["", SHARED], ids=["packed", "shared"])
+@pytest.mark.parametrize("lora_config", [{"lora_dropout": 0.1}, None], ids=["lora", "full"])
+def test_resumed_run_ends_with_the_weights_of_a_straight_one(
+    system_message: str, lora_config: dict[str, Any] | None, tmp_path: Path, base_model: Path
+) -> None:
+    prepare_blocks(tmp_path, base_model, system_message=system_message)
+    config = make_config(tmp_path, base_model, lora_config=lora_config)
     straight = finetune(config)
     weights = exported_weights(tmp_path)
     assert (straight.steps, straight.result) == (4, str(tmp_path / "out" / "final_output"))

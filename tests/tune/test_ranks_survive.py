@@ -12,6 +12,7 @@ import torch
 from fault_helpers import REPEAT, free_port, join_ranks, running_process, wait_until
 from test_finetune import (
     FINETUNE,
+    SHARED,
     are_equal,
     exported_weights,
     make_config,
@@ -48,9 +49,10 @@ def num_whole(output: Path) -> int:
 
 
 @pytest.mark.slow
-def test_one_rank_killed_ends_both_and_the_same_command_goes_on_identical(tmp_path: Path) -> None:
+@pytest.mark.parametrize("system_message", ["", SHARED], ids=["packed", "shared"])
+def test_one_rank_killed_ends_both_and_the_same_command_goes_on_identical(system_message: str, tmp_path: Path) -> None:
     base = save_base_model(tmp_path / "base", "llama")
-    prepare_blocks(tmp_path, base)
+    prepare_blocks(tmp_path, base, system_message=system_message)
     config = make_config(tmp_path, base, training_arguments=STEPS, lora_config={"lora_dropout": 0.1})
     run_unbroken(config)
     weights = exported_weights(tmp_path)
