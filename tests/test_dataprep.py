@@ -6,7 +6,6 @@ The three ways to start it run as processes of their own; the rest runs in this 
 import csv
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -506,15 +505,18 @@ def test_dataprep_stopped_by_row_1500_leaves_the_old_target_whole(job: Job, meth
 FORKING = """
 import os
 import sys
+import json
 from llm.training.config import DataPrepConfig
 from llm.training.config_file import load_config
 from llm.training.dataprep import prepare
 import datasets, s3fs, torch, transformers.models.auto.tokenization_auto, transformers.tokenization_utils_tokenizers
-for path in iter(sys.stdin.readline, ""):
+for line in iter(sys.stdin.readline, ""):
+    path, environment = json.loads(line)
     pid = os.fork()
     if not pid:
         try:
-            prepare(load_config(path.strip(), DataPrepConfig))
+            os.environ.update(environment)
+            prepare(load_config(path, DataPrepConfig))
             os._exit(0)
         finally:
             os._exit(1)
@@ -531,9 +533,9 @@ class Forks:
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, config: Path, *, kill_after_seconds: float | None = None) -> int:
-        """Prepares, or is killed; gives the exit code, -9 for killed."""
+        """Prepares in the environment of now, or is killed; gives the exit code, -9 for killed."""
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{config}\n")
+        self.process.stdin.write(json.dumps([str(config), dict(os.environ)]) + "\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
         if kill_after_seconds is not None:
@@ -562,38 +564,6 @@ def test_dataprep_with_one_and_two_threads_writes_the_same_bytes(job: Job, forks
         found.append(job.files(target))
         assert read_manifest(str(target)).counts["rows_kept"] == 1200
     assert found[0] == found[1]
-
-
-def test_dataprep_killed_at_any_time_leaves_an_old_or_a_new_target_and_reruns_to_the_same_bytes(
-    job: Job, forks: Forks
-) -> None:
-    write_jsonl(job.rows, some_rows(1500))
-    job.settings["overwrite"] = True
-    assert forks.run(job.write()) == 0
-    before = job.files()
-    old = shutil.copytree(job.target, job.folder / "old")
-    began = time.monotonic()
-    assert forks.run(job.write(chunksize=192)) == 0
-    seconds = time.monotonic() - began
-    after = job.files()
-    assert after != before
-
-    chance, codes = random.Random(1500), []
-    for number in range(4):
-        shutil.rmtree(job.target)
-        shutil.copytree(old, job.target)
-        config = job.write(chunksize=192, reuse_tokens=number % 2 == 0)
-        codes.append(forks.run(config, kill_after_seconds=seconds * chance.uniform(0.1, 0.9)))
-        left = job.files()
-        assert left in (before, after, {})
-        if left:
-            assert read_manifest(str(job.target)).counts["rows_kept"] == 1500
-            assert blocks_at(job.target)
-        assert forks.run(job.write(chunksize=192)) == 0
-        assert job.files() == after
-        assert job.leftovers() == []
-    assert len(codes) == 4
-    assert -signal.SIGKILL in codes
 
 
 @pytest.mark.parametrize("method, num_moves", [("save_to_disk", 2), ("to_parquet", 12)])
