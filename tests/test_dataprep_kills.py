@@ -1,4 +1,4 @@
-"""SIGKILL at random times: the target is old and whole, absent, or new and whole, and the next run makes the same bytes.
+"""SIGKILL at random times: the target is old and whole, absent, or new and whole; the next run makes the same bytes.
 
 `LLM_TRAIN_REPEAT_FAULTS=3` kills 24 times, as the fault plan asks; the default is 8.
 """
