@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, normalizers
 
 from llm.errors import ConfigError, loading_reason
+from llm.fast_tokenizer import FastEncoder, open_fast
 from llm.model_registry import check_is_reachable
 from llm.stored_tokenizer import StoredTokenizer, read_stored, stored_path, write_stored
 
@@ -41,6 +42,7 @@ class PromptTokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._tokenizer, self._backend = tokenizer, backend
+        self._fast: FastEncoder | None = None
         added = tokenizer.added_tokens_decoder
         self.control_tokens: dict[str, int] = {str(t): i for i, t in added.items() if t.special}
         self.cut_tokens = [str(t) for t in added.values() if t.special and not t.lstrip]
@@ -55,8 +57,16 @@ class PromptTokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, control tokens recognised, nothing added; uses all cores."""
         plain = [text for text in texts if _AS_TEXT not in text]
-        encoded = iter(self._backend.encode_batch_fast(plain, add_special_tokens=False))
-        return [self._encode_kept(text) if _AS_TEXT in text else next(encoded).ids for text in texts]
+        if self._fast:
+            encoded = iter(self._fast.encode(plain))
+        else:
+            encoded = (found.ids for found in self._backend.encode_batch_fast(plain, add_special_tokens=False))
+        return [self._encode_kept(text) if _AS_TEXT in text else next(encoded) for text in texts]
+
+    def use_fast(self) -> bool:
+        """Encodes with `fastokens` from now on, if it is there and gives the same ids; whether it does."""
+        self._fast = self._fast or open_fast(self._backend, self.control_tokens)
+        return self._fast is not None
 
     def decode(self, batch: Sequence[Sequence[int]]) -> list[str]:
         """The text of each list of ids, control tokens included."""

@@ -27,8 +27,10 @@ from prep_helpers import write_jsonl
 from typer.testing import CliRunner, Result
 
 from llm.cli import app
+from llm.tokenizer import PromptTokenizer
 from llm.training.config import DataPrepConfig, DatasetConfig
 from llm.training.config_file import load_config
+from llm.training.prep import engine
 from llm.training.prep.dataset import load_blocks
 from llm.training.prep.manifest import read_manifest
 
@@ -187,6 +189,17 @@ def test_dataprep_run_again_writes_the_same_bytes(job: Job, method: str) -> None
     for reuse_tokens in (True, False):
         job.done(dataset_writer_config=writer_config(target, method), seed=5, overwrite=True, reuse_tokens=reuse_tokens)
         assert job.files(target) == before
+
+
+def test_dataprep_with_the_fast_tokenizer_writes_the_same_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    use_fast = PromptTokenizer.use_fast
+    monkeypatch.setattr(PromptTokenizer, "use_fast", lambda self: used.append(use_fast(self)))
+    monkeypatch.setattr(engine, "_MANY_ROWS", 30)
+    job.done(fast_tokenizer=False, reuse_tokens=False)
+    expected = job.files()
+    job.done(overwrite=True, reuse_tokens=False)
+    assert used == [True] and job.files() == expected
 
 
 def test_dataprep_of_rows_in_any_file_format_has_the_same_blocks(job: Job) -> None:

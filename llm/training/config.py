@@ -144,6 +144,11 @@ class DataPrepConfig(ScriptConfig):
         description="Keep tokenized rows in the cache (`LLM_TRAIN_CACHE`, else below `HF_HOME`; 14 days), and use them "
         "again where nothing that shaped them changed, e.g. after a stop.",
     )
+    fast_tokenizer: bool = Field(
+        default=True,
+        description="Of 10,000 rows and more, `fastokens` makes the ids, if it is installed (extra `fast`) and gives "
+        "the same as the model's tokenizer: compared on odd texts, the first of the data, and one in a hundred.",
+    )
     pack: bool = Field(default=True, description="`false` writes one example a block.")
     share_prefixes: Literal["auto"] | bool = Field(
         default="auto",

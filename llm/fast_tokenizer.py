@@ -1,0 +1,88 @@
+"""Ids from `fastokens`, several times faster than those from `tokenizers` and the same, or not used: extra `fast`.
+
+It reads the text of the same tokenizer, and refuses what it does not know. What it gives is compared: many odd texts
+before it is used, then the first texts of the data, then one in a hundred.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from llm.errors import DataError
+
+logger = logging.getLogger(__name__)
+_NUM_FIRST = 1000  # texts of the data that are all compared
+_ONE_IN = 100
+# Where tokenizers part: white space, marks that combine, cases that change length, digits, contractions, bytes.
+_PIECES = (
+    *("a", "The", " the", "B", "'s", "'LL", "1", "2345", "3.14", "-", "_", "{", '"', "\\", "://", "==", "<", "|>"),
+    *(" ", "  ", "\n", "\r\n", "\t", "\0", "\x1c", "\x85", "\xa0", "\u200b", "\u2028", "\u202e", "\ufeff"),
+    *("é", "e\u0301", "ß", "İ", "ſ", "K", "ﬁ", "日本", "の", "ह\u093f", "ا", "😀", "👍🏽", "\U000e0041", "…"),
+)
+
+
+class FastEncoder:
+    """Encodes as `backend` does, faster."""
+
+    def __init__(self, backend: Tokenizer, fast: Any) -> None:
+        """Use `open_fast`."""
+        self._backend, self._fast = backend, fast
+        self._num_left = _NUM_FIRST
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, nothing added; DataError when a compared one differs."""
+        encoded = self._encode(texts)
+        compared = slice(None) if self._num_left > 0 else slice(None, None, _ONE_IN)
+        self._num_left -= len(texts)
+        if (wrong := _first_difference(texts[compared], encoded[compared], self._backend)) is not None:
+            raise DataError(
+                f"fastokens gives other ids than the tokenizer of the model for the text {wrong[:80]!r}. "
+                "Set `fast_tokenizer: false`."
+            )
+        return encoded
+
+    def is_right(self, texts: Sequence[str]) -> bool:
+        """Whether all ids of `texts` are those of `backend`."""
+        return _first_difference(texts, self._encode(texts), self._backend) is None
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        flat, offsets = self._fast.encode_batch_flat(list(texts), add_special_tokens=False)
+        ids = np.frombuffer(flat, np.uint32).tolist()
+        edges = np.frombuffer(offsets, np.uint64).tolist()
+        return [ids[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def open_fast(backend: Tokenizer, control_tokens: Iterable[str]) -> FastEncoder | None:
+    """An encoder that gives the ids of `backend`; None without `fastokens`, or where the two differ."""
+    try:
+        import fastokens
+    except ImportError:
+        return None
+    try:
+        encoder = FastEncoder(backend, fastokens.Tokenizer.from_json_str(backend.to_str()))
+    except Exception as error:  # its own classes, none documented: a part that it does not know is no mistake of ours
+        logger.info("fastokens cannot be used with this tokenizer: %s.", error)
+        return None
+    if not encoder.is_right(_odd_texts(list(control_tokens))):
+        logger.info("fastokens is not used: it gives other ids than this tokenizer.")
+        return None
+    return encoder
+
+
+def _odd_texts(control_tokens: list[str]) -> list[str]:
+    """Pairs of pieces, beside control tokens and beside letters, and longer chains: about 2,500 texts."""
+    marks = [*control_tokens[:2], *control_tokens[-2:]]
+    pairs = [f"{first}{second}{first}" for first in _PIECES for second in _PIECES]
+    marked = [f"x{piece}{mark}{piece}{mark}{mark} y" for piece in _PIECES for mark in marks]
+    chains = ["".join(_PIECES[start::step]) * 3 for start in range(len(_PIECES)) for step in (1, 3, 7)]
+    return [*pairs, *marked, *chains, "", "a" * 5000, " " * 5000, "日" * 3000]
+
+
+def _first_difference(texts: Sequence[str], encoded: Sequence[list[int]], backend: Tokenizer) -> str | None:
+    expected = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    pairs = zip(texts, encoded, expected, strict=True)
+    return next((text for text, ids, right in pairs if ids != right.ids), None)

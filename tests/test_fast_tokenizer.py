@@ -1,0 +1,92 @@
+"""fastokens makes the ids only where they are those of the tokenizer, and is found out where they are not."""
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TOKENIZERS, byte_level_tokenizer
+from tokenizers import Tokenizer
+
+from llm import fast_tokenizer
+from llm.errors import DataError
+from llm.fast_tokenizer import open_fast
+from llm.tokenizer import PromptTokenizer
+
+PIECES = [*fast_tokenizer._PIECES, "<s>", "</s>", "<|im_start|>", "quick", " brown"]
+
+
+def random_texts(number: int) -> list[str]:
+    maker = random.Random(number)
+    return ["".join(maker.choices(PIECES, k=maker.randrange(30))) for _ in range(number)]
+
+
+class Other:
+    """Stands in for the module: gives the right ids but where `wrong` is in the text."""
+
+    def __init__(self, wrong: str) -> None:
+        self.wrong, self.Tokenizer = wrong, self
+
+    def from_json_str(self, text: str) -> "Other":
+        self.right = Tokenizer.from_str(text)
+        return self
+
+    def encode_batch_flat(self, texts: Sequence[str], add_special_tokens: bool) -> tuple[bytes, bytes]:
+        encoded = self.right.encode_batch(texts, add_special_tokens=add_special_tokens)
+        ids = [[0] if self.wrong in text else one.ids for text, one in zip(texts, encoded, strict=True)]
+        offsets = np.cumsum([0, *map(len, ids)]).astype(np.uint64)
+        return np.array([i for one in ids for i in one], np.uint32).tobytes(), offsets.tobytes()
+
+
+def test_fast_ids_are_those_of_the_tokenizer_or_it_is_not_used() -> None:
+    used = []
+    for name, make in TOKENIZERS.items():
+        tokenizer = make()
+        plain, fast = PromptTokenizer(tokenizer), PromptTokenizer(tokenizer)
+        if fast.use_fast():
+            used.append(name)
+        texts = random_texts(3000)
+        assert fast.encode(texts) == plain.encode(texts)
+        kept = [plain.keep_as_text(text) for text in texts[:300]]
+        assert fast.encode(kept) == plain.encode(kept)
+    assert "byte_level" in used
+
+
+def test_tokenizer_that_fastokens_does_not_know_keeps_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    facts = json.loads(byte_level_tokenizer().backend_tokenizer.to_str())
+    facts["pre_tokenizer"] = {"type": "UnicodeScripts"}
+    assert open_fast(Tokenizer.from_str(json.dumps(facts)), []) is None
+    assert "fastokens cannot be used with this tokenizer: " in caplog.text
+
+
+def test_fastokens_that_differs_on_odd_texts_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setitem(sys.modules, "fastokens", Other(wrong="e\u0301"))  # type: ignore[arg-type]
+    assert not PromptTokenizer(byte_level_tokenizer()).use_fast()
+    assert "fastokens is not used: it gives other ids" in caplog.text
+
+
+@pytest.mark.parametrize("number", [0, 999, 1000, 1500])
+def test_difference_in_the_first_rows_or_one_of_a_hundred_is_an_error(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastokens", Other(wrong="Zebra"))  # type: ignore[arg-type]
+    tokenizer = PromptTokenizer(byte_level_tokenizer())
+    assert tokenizer.use_fast()
+    texts: list[Any] = [f"row {n}" for n in range(2000)]
+    texts[number] = "A Zebra"
+    with pytest.raises(DataError, match="for the text 'A Zebra'. Set `fast_tokenizer: false`."):
+        for start in range(0, 2000, 500):
+            tokenizer.encode(texts[start : start + 500])
+
+
+def test_without_fastokens_all_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastokens", None)  # type: ignore[arg-type]
+    tokenizer = PromptTokenizer(byte_level_tokenizer())
+    assert not tokenizer.use_fast() and tokenizer.encode(["a"])
