@@ -7,14 +7,16 @@ Needs `python examples/quickstart/base_model.py` once. `--data`: parquet files w
 whose text half of the rows is made (dataprep_corpus.py says how). `--trl-python`: the Python of another environment,
 with TRL (`pip install torch==2.13.0 trl==1.16.0`); without it that side is left out, as it is above `--trl-most` rows.
 
-    ours    `python llm/training/dataprep.py X.yaml`: ChatML, blocks of 2048, saved with ledger and manifest
+    ours    `python llm/training/dataprep.py X.yaml`: ChatML, blocks of 2048, saved with ledger, report and manifest;
+            once with the model's tokenizer, once with fastokens (extra `fast`)
     TRL     `SFTTrainer` with packing (best-fit decreasing), up to where it could train; nothing is saved but its cache.
             One and two processes; from the second size on only what was faster
-    bare    `encode_batch_fast` on the rendered texts, all threads
+    bare    `encode_batch_fast` on the rendered texts, all threads; and the same of fastokens
 
 Net seconds are without imports (ours: prepared again in a process that has prepared a few rows), whole seconds and peak
 memory are those of the process from start to end. Peak memory is the process's own peak, or with more than one process
-the highest sum of their shares (PSS). No side sees files that an earlier run left in a cache.
+the highest sum of their shares (PSS). No side sees rows that an earlier run left in a cache; ours finds the tokenizer
+that its first start built (4 s).
 """
 
 import argparse
@@ -108,7 +110,7 @@ def main() -> None:
             sides = compared(task, given.repeats, num_procs)
         print_table(task, sides)
         if has_trl and len(num_procs) > 1:
-            num_procs = (fastest(sides[2:]).facts["num_proc"],)
+            num_procs = (fastest(sides[4:]).facts["num_proc"],)
         elif not has_trl:
             reason = "no --trl-python" if not given.trl_python else f"over --trl-most {given.trl_most}"
             print(f"  TRL left out: {reason}")
@@ -118,15 +120,18 @@ def main() -> None:
 
 def compared(task: Task, repeats: int, num_procs: Sequence[int]) -> list[Side]:
     """Every side `repeats` times, in turns."""
-    sides = [Side("bare"), Side("ours")]
+    sides = [Side("bare"), Side("bare, fast"), Side("ours"), Side("ours, fast")]
     if task.trl_python:
         sides += [Side(f"TRL, {n} proc", facts={"num_proc": n}) for n in num_procs]
     for _ in range(repeats):
-        add(sides[0], measured([sys.executable, str(SIDES), "bare", str(task.corpus), task.model], task.folder))
-        add(sides[1], run_ours(task))
-        warm = measured([sys.executable, str(SIDES), "ours", *map(str, configs(task))], task.folder)
-        sides[1].net_seconds.append(warm.facts["net_seconds"])
-        for side in sides[2:]:
+        for bare, library in zip(sides[:2], ("tokenizers", "fastokens"), strict=True):
+            program = [sys.executable, str(SIDES), "bare", str(task.corpus), task.model, library]
+            add(bare, measured(program, task.folder))
+        for side, is_fast in zip(sides[2:4], (False, True), strict=True):
+            add(side, run_ours(task, is_fast=is_fast))
+            program = [sys.executable, str(SIDES), "ours", *map(str, configs(task, is_fast=is_fast))]
+            side.net_seconds.append(measured(program, task.folder).facts["net_seconds"])
+        for side in sides[4:]:
             program = [str(task.trl_python), str(SIDES), "trl", str(task.corpus), task.model, str(CHUNKSIZE)]
             add(side, measured([*program, str(side.facts["num_proc"])], task.folder))
     return sides
@@ -139,16 +144,18 @@ def add(side: Side, run: Run) -> None:
         side.net_seconds.append(run.facts["net_seconds"])
 
 
-def run_ours(task: Task) -> Run:
+def run_ours(task: Task, *, is_fast: bool = False) -> Run:
     """The command that a user gives; its facts are those of the manifest."""
-    config = configs(task)[1]
+    warm_up, config = configs(task, is_fast=is_fast)
+    if not kept_tokenizers(task.folder).exists():
+        measured([sys.executable, "llm/training/dataprep.py", str(warm_up)], task.folder)
     run = measured([sys.executable, "llm/training/dataprep.py", str(config)], task.folder)
     manifest = json.loads((task.folder / "prepared" / "manifest.json").read_text(encoding="utf-8"))
     facts = manifest["counts"] | {"versions": manifest["versions"]}
     return Run(**(vars(run) | {"facts": facts}))
 
 
-def configs(task: Task) -> tuple[Path, Path]:
+def configs(task: Task, *, is_fast: bool) -> tuple[Path, Path]:
     """The YAML files (JSON is YAML) that prepare eight rows and the corpus."""
     found = []
     for name, split in (("warm_up", "train[:8]"), ("prepared", "train")):
@@ -159,6 +166,7 @@ def configs(task: Task) -> tuple[Path, Path]:
             "prompt_config": {"method": "Prompt", "kwargs": {"system_message": system_message(task.corpus)}},
             "prompt_format_config": {"method": "ChatMLFormat"},
             "chunksize": CHUNKSIZE,
+            "fast_tokenizer": is_fast,
             "dataset_writer_config": {
                 "method": "save_to_disk",
                 "kwargs": {"dataset_path": str(task.folder / name)},
@@ -190,12 +198,18 @@ def made_corpus(work: Path, num_rows: int, seed: int, data: Path | None) -> Path
     return folder
 
 
+def kept_tokenizers(folder: Path) -> Path:
+    return folder / "llm-train" / "tokenizers"
+
+
 def measured(program: list[str], folder: Path) -> Run:
-    """Runs `program` with empty caches in `folder`."""
-    cache = folder / "cache"
-    shutil.rmtree(cache, ignore_errors=True)
+    """Runs `program` with caches in `folder` that are empty, but for the tokenizer that our first start built."""
+    ours = kept_tokenizers(folder).parent
+    for cache in (folder / "cache", ours / "rows", ours / "last"):
+        shutil.rmtree(cache, ignore_errors=True)
     environment = os.environ | {
-        "HF_DATASETS_CACHE": str(cache),
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "LLM_TRAIN_CACHE": str(ours),
         "HF_HUB_OFFLINE": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "TMPDIR": str(folder),
@@ -273,8 +287,8 @@ def print_machine() -> None:
 
 def print_table(task: Task, sides: Sequence[Side]) -> None:
     """A line for each side (medians), then all runs, then what the issue asks about."""
-    bare, ours = sides[:2]
-    lines = [_COLUMNS, *(line(task, side, bare) for side in sides)]
+    bare, bare_fast, ours, ours_fast = sides[:4]
+    lines = [_COLUMNS, *(line(task, side, bare_fast if side.name.endswith("fast") else bare) for side in sides)]
     widths = [max(len(one[n]) for one in lines) for n in range(len(_COLUMNS))]
     print(f"\n{task.num_rows:,} rows, blocks of {CHUNKSIZE}, medians of {len(ours.runs)} runs in turns")
     for one in lines:
@@ -285,11 +299,11 @@ def print_table(task: Task, sides: Sequence[Side]) -> None:
         net = ", ".join(f"{seconds:.2f}" for seconds in side.net_seconds)
         whole = ", ".join(f"{run.whole_seconds:.2f}" for run in side.runs)
         print(f"  all runs of {side.name}: net {net}; whole {whole}; versions {shown(side.facts['versions'])}")
-    if len(sides) > 2:
-        best = fastest(sides[2:])
-        net = ratio(best.net_seconds, ours.net_seconds)
-        whole = ratio(*([run.whole_seconds for run in side.runs] for side in (best, ours)))
-        print(f"  {best.name} / ours: whole {whole:.1f} x, net {net:.1f} x (medians of the ratios, run by run)")
+    for one in (ours, ours_fast) if len(sides) > 4 else ():
+        best = fastest(sides[4:])
+        net = ratio(best.net_seconds, one.net_seconds)
+        whole = ratio(*([run.whole_seconds for run in side.runs] for side in (best, one)))
+        print(f"  {best.name} / {one.name}: whole {whole:.1f} x, net {net:.1f} x (medians of the ratios, run by run)")
     if len({side.facts["tokens"] for side in sides}) > 1:
         print(
             "  note: the sides do not have equally many tokens (rows left out as too long, or characters without token)"

@@ -1,6 +1,6 @@
 """What `benchmarks/dataprep.py` starts: one side in its own process, whose last line is what it found, as JSON.
 
-    python benchmarks/dataprep_sides.py bare CORPUS MODEL
+    python benchmarks/dataprep_sides.py bare CORPUS MODEL tokenizers|fastokens
     python benchmarks/dataprep_sides.py ours WARM_UP.yaml CONFIG.yaml
     python benchmarks/dataprep_sides.py trl  CORPUS MODEL CHUNKSIZE NUM_PROC
 
@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,20 +31,21 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def bare(corpus: str, model: str) -> dict[str, Any]:
-    """The tokenizers library over the rendered texts, all threads, a thousand texts at once; ids stay in Rust."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
+def bare(corpus: str, model: str, library: str) -> dict[str, Any]:
+    """The library over the rendered texts, all threads, a thousand texts at once; ids are not handed to Python."""
+    tokenizer = import_module(library).Tokenizer.from_file(f"{model}/tokenizer.json")
     with open(f"{corpus}/texts.jsonl", encoding="utf-8") as file:
         texts = [json.loads(line) for line in file]
     start = time.perf_counter()
     tokens = 0
     for first in range(0, len(texts), _AT_ONCE):
-        encoded = tokenizer.encode_batch_fast(texts[first : first + _AT_ONCE], add_special_tokens=False)
-        tokens += sum(map(len, encoded))
+        part = texts[first : first + _AT_ONCE]
+        if library == "fastokens":
+            tokens += len(tokenizer.encode_batch_flat(part, add_special_tokens=False)[0]) // 4
+        else:
+            tokens += sum(map(len, tokenizer.encode_batch_fast(part, add_special_tokens=False)))
     seconds = time.perf_counter() - start
-    return {"net_seconds": seconds, "tokens": tokens, "versions": {"tokenizers": version("tokenizers")}}
+    return {"net_seconds": seconds, "tokens": tokens, "versions": {library: version(library)}}
 
 
 def ours(warm_up: str, config: str) -> dict[str, Any]:

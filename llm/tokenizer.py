@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, decoders, normalizers
 
 from llm.errors import ConfigError, loading_reason
 from llm.fast_tokenizer import FastEncoder, open_fast
@@ -136,11 +136,13 @@ class PromptTokenizer:
     @cached_property
     def _bytes(self) -> list[bytes] | None:
         """The bytes of each id, where a text is nothing but those of its tokens (byte-level BPE); else None."""
-        facts = json.loads(self._backend.to_str())
-        if (facts["decoder"] or {}).get("type") != "ByteLevel":
+        if not isinstance(self._backend.decoder, decoders.ByteLevel):
             return None
-        size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        return [_token_bytes(self._backend.id_to_token(number) or "") for number in range(size)]
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        found = [b""] * (max(vocabulary.values()) + 1)
+        for token, number in vocabulary.items():
+            found[number] = _token_bytes(token)
+        return found
 
     @cached_property
     def _names(self) -> dict[int, str]:
@@ -185,8 +187,10 @@ _BYTES = _byte_characters()
 
 def _token_bytes(token: str) -> bytes:
     """As the ByteLevel decoder does it: a token with another character is text itself."""
-    known = [_BYTES.get(character) for character in token]
-    return token.encode() if None in known else bytes(byte for byte in known if byte is not None)
+    try:
+        return bytes(map(_BYTES.__getitem__, token))
+    except KeyError:
+        return token.encode()
 
 
 def load_prompt_tokenizer(base_model: str) -> PromptTokenizer:
