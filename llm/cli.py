@@ -1,24 +1,27 @@
-"""The command line: `llm-train dataprep config.yaml`, `llm-train finetune config.yaml`, `llm-train sync config.yaml`.
+"""The command line: `llm-train dataprep config.yaml`, `llm-train finetune config.yaml`, `llm-train quickstart`, ...
 
-Heavy libraries are imported inside the commands: `--help` and a config error answer at once. Exit codes: 0 done,
-2 your YAML, 3 your rows, 4 your files, 130 Ctrl-C, 143 SIGTERM.
+Heavy libraries are imported inside the commands: `--help` and a config error answer at once. How a command ends is in
+`llm/events.py`, its exit codes in `llm/errors.py`.
 """
 
-import logging
-import os
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm.errors import ConfigError, LlmTrainError
+from llm.errors import EXIT_CODES, ConfigError
+from llm.events import libraries_told_here, run_told, tell_event
+from llm.terminal import console
 
 if TYPE_CHECKING:
     from llm.training.config import DataPrepConfig
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model on your own rows. Begin with `quickstart`, or with `init` for rows of yours.",
+    epilog=f"Exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}.",
+)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.YAML", help="What to do: see llm/training/README.md.")]
 Overrides = Annotated[
@@ -31,46 +34,61 @@ AllowCode = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Tell everything as JSON, one object a line.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also say what the libraries log.")]
 
 
+def _scripts(incomplete: str) -> list[str]:
+    return [name for name in ("dataprep", "finetune") if name.startswith(incomplete)]
+
+
+def _keys(incomplete: str) -> list[str]:
+    from llm.training.config_file.explain import known_keys
+
+    return [key for key in known_keys() if key.startswith(incomplete)]
+
+
 @app.command()
-def dataprep(
+def dataprep(  # noqa: PLR0913  (each is an argument of the command line)
     config: ConfigPath,
     overrides: Overrides = None,
     allow_code: AllowCode = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Turn rows into packed blocks of tokens and labels."""
     from llm.training.config import DataPrepConfig
     from llm.training.config_file import load_config
 
-    with _errors_told(debug, quiet=quiet, verbose=verbose):
+    with run_told(debug=debug, quiet=quiet, verbose=verbose, as_json=as_json):
         settings = load_config(config, DataPrepConfig, overrides=overrides or [], allow_code=allow_code or [])
         from llm.training.dataprep import prepare
 
+        libraries_told_here()
         prepare(settings)
 
 
 @app.command()
-def finetune(
+def finetune(  # noqa: PLR0913  (each is an argument of the command line)
     config: ConfigPath,
     overrides: Overrides = None,
     allow_code: AllowCode = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Tune a model on packed blocks."""
     from llm.training.config import FinetuneConfig
     from llm.training.config_file import load_config
 
-    with _errors_told(debug, quiet=quiet, verbose=verbose):
+    with run_told(debug=debug, quiet=quiet, verbose=verbose, as_json=as_json):
         settings = load_config(config, FinetuneConfig, overrides=overrides or [], allow_code=allow_code or [])
         from llm.training.finetune import finetune as tune
 
+        libraries_told_here()
         tune(settings)
 
 
@@ -93,7 +111,7 @@ def inspect(  # noqa: PLR0913  (each is an argument of the command line)
     debug: Debug = False,
 ) -> None:
     """Show rows as tokens: prompt, trained, stop token, padding."""
-    with _errors_told(debug):
+    with run_told(debug=debug):
         config = _row_config(target, base_model, overrides or [], allow_code or [])
         from llm.training.prep.preview import block_views, row_views
         from llm.training.prep.token_view import print_views
@@ -128,13 +146,30 @@ def merge(
     base_model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where the base model is now; default: where training found it.")
     ] = None,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Put a trained adapter into its base model: one whole model, as servers read it."""
-    with _errors_told(debug):
+    with run_told(debug=debug, as_json=as_json):
         from llm.training.tune.merge import merge_adapter
 
-        merge_adapter(final_output, target, base_model=base_model)
+        libraries_told_here()
+        tell_event("merged", result=merge_adapter(final_output, target, base_model=base_model))
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="A new folder for the example.")] = "quickstart",
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", metavar="MODEL", help="Hub id or folder; default: SmolLM2-135M.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write an example that trains in minutes without a GPU: rows, YAML files, evaluation."""
+    with run_told(debug=debug):
+        from llm.training.quickstart import BASE_MODEL, write_quickstart
+
+        typer.echo(write_quickstart(folder, base_model=base_model or BASE_MODEL), nl=False)
 
 
 @app.command()
@@ -145,19 +180,26 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Write dataprep.yaml and finetune.yaml, with comments, for your rows and your model."""
-    with _errors_told(debug):
+    with run_told(debug=debug):
         from llm.training.starter import write_starter
 
-        for path in write_starter(rows, base_model, folder):
-            typer.echo(path)
+        paths = write_starter(rows, base_model, folder)
+        typer.echo("\n".join(paths))
+        dataprep_yaml, finetune_yaml = paths
+        console.print("Look them through, then:", markup=False)
+        for command in (f"inspect {dataprep_yaml}", f"dataprep {dataprep_yaml}", f"finetune {finetune_yaml}"):
+            console.print(f"  llm-train {command}", markup=False)
 
 
 @app.command()
 def schema(
-    script: Annotated[str, typer.Argument(metavar="dataprep|finetune", help="Whose YAML file.")], debug: Debug = False
+    script: Annotated[
+        str, typer.Argument(metavar="dataprep|finetune", help="Whose YAML file.", autocompletion=_scripts)
+    ],
+    debug: Debug = False,
 ) -> None:
     """Print the JSON Schema of a YAML file, by which an editor completes and checks it."""
-    with _errors_told(debug):
+    with run_told(debug=debug):
         from llm.training.config_file.json_schema import schema_text
 
         typer.echo(schema_text(script), nl=False)
@@ -165,11 +207,13 @@ def schema(
 
 @app.command()
 def explain(
-    key: Annotated[str, typer.Argument(metavar="[KEY]", help="chunksize, lora_config.r, ...; all without.")] = "",
+    key: Annotated[
+        str, typer.Argument(metavar="[KEY]", help="chunksize, lora_config.r, ...; all without.", autocompletion=_keys)
+    ] = "",
     debug: Debug = False,
 ) -> None:
     """Say what a key of the YAML files means, its type and its default; without KEY, list all."""
-    with _errors_told(debug):
+    with run_told(debug=debug):
         from llm.training.config_file.explain import explain as explain_key
         from llm.training.config_file.explain import list_keys
 
@@ -177,45 +221,24 @@ def explain(
 
 
 @app.command()
-def sync(config: ConfigPath, overrides: Overrides = None, allow_code: AllowCode = None, debug: Debug = False) -> None:
+def sync(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    allow_code: AllowCode = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Complete the copies of a run at its output paths: the same file as for finetune."""
     from llm.training.config import FinetuneConfig
     from llm.training.config_file import load_config
 
-    with _errors_told(debug):
+    with run_told(debug=debug, as_json=as_json):
         settings = load_config(config, FinetuneConfig, overrides=overrides or [], allow_code=allow_code or [])
-        from llm.terminal import console
         from llm.training.tune.output_sync import complete_copies
 
         for report in complete_copies(settings):
+            tell_event("copied", **asdict(report))
             console.print(f"{report.url}: {report.text}", markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _errors_told(debug: bool, *, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
-    """Known errors as one text without a traceback, and their exit code; how much else is said."""
-    from llm.terminal import console
-
-    if not verbose:
-        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs each error that it raises
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger().setLevel(logging.INFO if verbose else logging.WARNING)
-    logging.getLogger("llm").setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
-    console.quiet = quiet
-    try:
-        yield
-    except LlmTrainError as error:
-        console.quiet = False
-        if debug:
-            traceback.print_exception(error)
-        console.print("error:", style="bold red", end=" ")
-        console.print(str(error), markup=False)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        console.print("stopped by Ctrl-C; nothing half-written is left")
-        raise typer.Exit(130) from error
-    finally:
-        console.quiet = False
 
 
 def main() -> None:

@@ -7,11 +7,23 @@
     `-- CheckpointError    your files       exit code 4
 
 Each holds one clear text: what was given and where, why it cannot be, what to write instead. All are
-picklable, since worker processes raise them. The command line prints the text without a traceback.
+picklable, since worker processes raise them. The command line prints the text without a traceback. All codes that a
+command ends with are in `EXIT_CODES`.
 """
 
 import difflib
 from collections.abc import Iterable
+
+EXIT_CODES = {
+    0: "done",
+    1: "a bug of ours",
+    2: "your YAML or command line",
+    3: "your rows",
+    4: "your files (a checkpoint, an output path)",
+    130: "Ctrl-C",
+    143: "SIGTERM",
+}
+"""What each exit code means, in `llm-train --help` and in the README."""
 
 
 class LlmTrainError(Exception):

@@ -52,6 +52,8 @@ _MODELS: tuple[tuple[str, KnownModel], ...] = (
     (r"dolly-v[12]-.*", KnownModel(prompt_format="DollyFormat", max_length=2048)),
 )
 
+_HUB_SECONDS = 10
+
 
 def find_model(base_model: str) -> KnownModel:
     """What is known of `base_model` (hub id or folder); else an empty `KnownModel` with the LoRA defaults."""
@@ -68,3 +70,25 @@ def check_is_reachable(base_model: str) -> None:
             f"base_model: there is no folder `{base_model}` (looked in {Path.cwd()}). "
             "Give a folder that holds a model, or a hub id such as `Qwen/Qwen2.5-0.5B-Instruct`."
         )
+
+
+def check_hub_answers(base_model: str) -> None:
+    """ConfigError at once for a hub id that is not in the cache while the hub cannot be reached.
+
+    The libraries would try for a minute. What the hub answers (unknown, private) is left to them to tell.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        is_here = Path(base_model).is_dir() or isinstance(try_to_load_from_cache(base_model, "config.json"), str)
+        if not is_here and not constants.HF_HUB_OFFLINE:
+            HfApi().model_info(base_model, timeout=_HUB_SECONDS)
+    except (HfHubHTTPError, ValueError):  # an answer, or no hub id at all
+        return
+    except Exception as error:  # the network's errors have no common class over the versions of the hub's library
+        raise ConfigError(
+            f"base_model: `{base_model}` is no folder here (looked in {Path.cwd()}), and the model hub "
+            f"{constants.ENDPOINT} cannot be reached: {error}. Give a folder that holds a model; or copy this one "
+            f"from a machine that is connected: hf download {base_model} --local-dir FOLDER"
+        ) from error

@@ -20,7 +20,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)  # `:key:` in a message is no emoji
+
+
+def is_live(screen: Console) -> bool:
+    """Whether bars may be drawn there: on a terminal, and unless it is to be quiet."""
+    return screen.is_terminal and not screen.quiet
 
 
 class RateColumn(ProgressColumn):
@@ -52,14 +57,14 @@ def progress_bar(description: str, *, total: int, unit: str) -> Iterator[Callabl
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=not is_live(console)) as progress:
         task = progress.add_task(description, total=total)
         yield functools.partial(progress.advance, task)
 
 
 def working(description: str) -> AbstractContextManager[object]:
     """A sign of life for work that cannot be counted; gone when it is done."""
-    return console.status(f"{description} ...") if console.is_terminal else nullcontext()
+    return console.status(f"{description} ...") if is_live(console) else nullcontext()
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, normalizers
 
 from llm.errors import ConfigError, loading_reason
+from llm.events import libraries_told_here
 from llm.fast_tokenizer import FastEncoder, open_fast
-from llm.model_registry import check_is_reachable
+from llm.model_registry import check_hub_answers, check_is_reachable
 from llm.stored_tokenizer import StoredTokenizer, read_stored, stored_path, write_stored
 
 if TYPE_CHECKING:
@@ -196,6 +197,7 @@ def _token_bytes(token: str) -> bytes:
 def load_prompt_tokenizer(base_model: str) -> PromptTokenizer:
     """The tokenizer of a hub id or folder, from the cache if it was built before; ConfigError when there is none."""
     check_is_reachable(base_model)
+    check_hub_answers(base_model)
     kept = stored_path(base_model)
     if kept and (stored := read_stored(kept, base_model)):
         return PromptTokenizer(stored)
@@ -203,6 +205,7 @@ def load_prompt_tokenizer(base_model: str) -> PromptTokenizer:
     # Here, not above: 4 s with torch, once the configuration is known to be right.
     from transformers import AutoTokenizer
 
+    libraries_told_here()
     try:
         built = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
         if kept:

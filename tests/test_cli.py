@@ -1,6 +1,7 @@
 """The command line: exit codes, one text without a traceback, and what `--debug` adds."""
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llm.cli import app
-from llm.errors import CheckpointError, ConfigError, DataError, LlmTrainError, MissingExtraError
+from llm.errors import EXIT_CODES, CheckpointError, ConfigError, DataError, LlmTrainError, MissingExtraError
 from llm.terminal import print_table
 
 GOOD = "source_config: rows.jsonl\nbase_model: x/y\ndataset_writer_config: {method: save_to_disk}\n"
@@ -95,3 +96,31 @@ def test_quiet_says_nothing_but_warnings_and_verbose_what_the_libraries_log(
 def test_quiet_still_tells_an_error(config: str) -> None:
     result = CliRunner().invoke(app, ["dataprep", config, "-q", "--set", "chunksize=0"])
     assert result.exit_code == 2 and "`chunksize` must be greater than 0, not 0." in result.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("llm-train quick", ["quickstart"]),
+        ("llm-train schema fine", ["finetune"]),
+        ("llm-train explain chunk", ["chunksize"]),
+        ("llm-train explain lora_config.lora_al", ["lora_config.lora_alpha"]),
+        ("llm-train finetune --js", ["--json"]),
+    ],
+)
+def test_shell_completes_commands_options_and_keys(typed: str, completed: list[str]) -> None:
+    environment = os.environ | {
+        "_LLM_TRAIN_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(typed.count(" ")),
+    }
+    command = [sys.executable, "-c", "from llm.cli import app; app(prog_name='llm-train')"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == completed, done.stderr
+
+
+def test_exit_codes_are_those_of_the_errors_and_in_the_help() -> None:
+    codes = {error.exit_code for error in (ConfigError, MissingExtraError, DataError, CheckpointError, LlmTrainError)}
+    assert codes | {0, 130, 143} == {*EXIT_CODES}
+    text = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
+    assert [code for code, meaning in EXIT_CODES.items() if f"{code} {meaning}" not in text] == []

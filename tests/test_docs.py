@@ -2,12 +2,14 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from llm.errors import EXIT_CODES
 from llm.named_formats import SmolLM2Format
 from llm.prompt import Message, Prompt
 from llm.prompt_registry import PROMPT_FORMATS, PROMPTS
@@ -19,6 +21,9 @@ from llm.training.prep.pack import pack_examples
 from llm.training.prep.token_view import legend
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "examples"))
+import first_ten_minutes  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING_README = (ROOT / "llm/training/README.md").read_text(encoding="utf-8")
 
@@ -55,6 +60,25 @@ def test_key_tables_are_those_of_the_schema() -> None:
 def test_readme_names_every_prompt_and_format() -> None:
     missing = [name for name in {**PROMPTS, **PROMPT_FORMATS} if f"`{name}`" not in README]
     assert missing == []
+
+
+def test_exit_codes_of_the_readme_are_all_there_are() -> None:
+    assert re.findall(r"^\| (\d+) \| (.+) \|$", README, re.MULTILINE) == [
+        (str(n), text) for n, text in EXIT_CODES.items()
+    ]
+
+
+def test_recorded_mistakes_are_told_as_today(tmp_path: Path) -> None:
+    recording = (ROOT / "docs/first_ten_minutes.md").read_text(encoding="utf-8")
+    assert str(ROOT) not in recording and "/tmp" not in recording and "/home" not in recording
+    steps = [step for step in first_ten_minutes.STEPS if "**" in step.say]
+    assert (
+        len(steps) == 3 and [step.type for step in first_ten_minutes.STEPS if f"$ {step.type}\n" not in recording] == []
+    )
+    first_ten_minutes.write_rows(tmp_path)
+    (tmp_path / "dataprep.yaml").write_text(recording.split("$ cat dataprep.yaml\n")[1].split("\n```")[0])
+    again = first_ten_minutes.run(steps[0], tmp_path)
+    assert again.rsplit("\n\n", 1)[0] in recording  # all but the seconds
 
 
 def test_packing_example_comes_out_as_printed() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from llm.errors import ConfigError
-from llm.model_registry import _MODELS, LORA_DEFAULTS, check_is_reachable, find_model
+from llm.model_registry import _MODELS, LORA_DEFAULTS, check_hub_answers, check_is_reachable, find_model
 from llm.prompt_registry import PROMPT_FORMATS
 
 FOUND = {
@@ -79,3 +79,25 @@ def test_folder_and_hub_id_are_reachable(tmp_path: Path) -> None:
     check_is_reachable(str(tmp_path))
     check_is_reachable("Qwen/Qwen2.5-0.5B-Instruct")
     check_is_reachable("gpt2")
+
+
+def no_network(*arguments: object, **named: object) -> None:
+    raise ConnectionError("[Errno -2] Name or service not known")
+
+
+def test_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *names: None)
+    with pytest.raises(ConfigError, match=r"`org/model` is no folder here .* cannot be reached: .* not known\. Give a"):
+        check_hub_answers("org/model")
+
+
+@pytest.mark.parametrize("case", ["offline", "cached", "folder", "no hub id"])
+def test_hub_is_not_asked_where_it_is_not_needed(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", case == "offline")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
+    cached = "/cache/config.json" if case == "cached" else None
+    if case != "no hub id":
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *names: cached)
+    check_hub_answers({"folder": str(tmp_path), "no hub id": "a b/c//d"}.get(case, "org/model"))

@@ -29,6 +29,7 @@ def configs(folder: Path) -> tuple[DataPrepConfig, FinetuneConfig]:
 def test_init_writes_two_valid_files_that_fit_together(tmp_path: Path) -> None:
     result = init(tmp_path, ROWS)
     assert result.exit_code == 0 and result.stdout == f"{tmp_path}/dataprep.yaml\n{tmp_path}/finetune.yaml\n"
+    assert result.stderr.endswith(f"  llm-train finetune {tmp_path}/finetune.yaml\n")
     dataprep, finetune = configs(tmp_path)
     assert dataprep.base_model == finetune.base_model == "org/model"
     assert dataprep.source_config.kwargs == {"path": str(tmp_path / "rows.jsonl")}

@@ -441,3 +441,11 @@ def test_load_source_reads_config_columns(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"q": "Q", "a": "A"}])
     source = load_source(DatasetConfig.model_validate(str(path)), columns={"input": "q", "response": "a"})
     assert (source.row_format, dict(source.columns)) == ("input_response", {"input": "q", "response": "a"})
+
+
+@pytest.mark.parametrize("texts", [["a", "b"], ['{"a": 1}', '{"a": 2}']], ids=["text", "JSON as text"])
+def test_column_of_several_types_names_the_row_that_is_not_text(texts: list[str], tmp_path: Path) -> None:
+    rows = [{"input": "q", "response": text} for text in texts]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"input": "q", "response": 2021}])
+    with pytest.raises(DataError, match="`response` must be text, it is of several types: row 2 holds 2021"):
+        load_source(DatasetConfig.model_validate(str(path)), columns={})

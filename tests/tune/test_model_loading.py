@@ -108,6 +108,7 @@ def test_unreachable_hub_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> N
         assert kwargs["trust_remote_code"] is False
         raise OSError("We couldn't connect to 'https://huggingface.co'")
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what the hub cannot be asked is not asked
     monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(ConfigError, match="`tiny/model` cannot be loaded: We couldn't connect"):
         load_base_model(make_config())

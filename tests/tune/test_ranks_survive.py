@@ -1,5 +1,6 @@
 """Two ranks under torchrun: one is killed, the same command goes on to the same weights (F5 of the fault plan)."""
 
+import json
 import os
 import signal
 import subprocess
@@ -29,11 +30,17 @@ from llm.training.tune.whole_folder import MANIFEST
 STEPS = {"max_steps": 60, "save_steps": 10, "per_device_train_batch_size": 2, "logging_steps": 60}
 
 
-def start(folder: Path, config: FinetuneConfig) -> subprocess.Popen[str]:
+def start(folder: Path, config: FinetuneConfig, *flags: str) -> subprocess.Popen[str]:
     """torchrun with two ranks, and what they write in `log`; the command that `run_command` waits for."""
     (folder / "finetune.yaml").write_text(config.model_dump_json())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(FINETUNE), str(folder / "finetune.yaml")]
+    command += [
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        str(FINETUNE),
+        str(folder / "finetune.yaml"),
+        *flags,
+    ]
     with open(folder / "log", "a", encoding="utf-8") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, text=True)
@@ -62,6 +69,19 @@ def test_one_rank_killed_ends_both_and_the_same_command_goes_on_identical(system
         resumed = run_command(tmp_path, config, num_ranks=2)
         assert resumed.returncode == 0, resumed.stderr[-3000:]
         assert are_equal(exported_weights(tmp_path), weights)
+
+
+@pytest.mark.slow
+def test_json_of_two_ranks_has_a_rank_in_each_line_and_one_summary(tmp_path: Path) -> None:
+    base = save_base_model(tmp_path / "base", "llama")
+    prepare_blocks(tmp_path, base)
+    short = {**STEPS, "max_steps": 2, "logging_steps": 1}
+    torchrun = start(tmp_path, make_config(tmp_path, base, training_arguments=short), "--json")
+    assert torchrun.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+    told = [(found["rank"], found["event"]) for found in map(json.loads, lines) if found["event"] != "log"]
+    assert [event for rank, event in told if rank == 0] == [*["training"] * 3, "trained", "end"]  # the last: evaluation
+    assert [event for rank, event in told if rank == 1] == ["end"]
 
 
 def run_unbroken(config: FinetuneConfig) -> None:

@@ -52,6 +52,12 @@ def list_keys() -> str:
     return "\n\n".join([*parts, "More of one: llm-train explain KEY, or SECTION.KEY"])
 
 
+def known_keys() -> list[str]:
+    """Every key as `explain` takes it, library keys with their section: what a shell completes."""
+    ours = {name for model in _SCRIPTS.values() for name in model.model_fields}
+    return sorted(ours) + [f"{section}.{name}" for section in SECTIONS for name in keys_for_yaml(section)]
+
+
 def _our_keys(key: str) -> Iterator[str]:
     *sections, name = key.split(".")
     for script, schema in _SCRIPTS.items():

@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 
 from llm.errors import ConfigError, DataError, LlmTrainError, did_you_mean, quoted
+from llm.events import libraries_told_here
 from llm.registry import call_method, resolve_method
 from llm.terminal import library_bars_hidden, working
 from llm.training.config import DatasetConfig
@@ -39,6 +40,7 @@ def load_dataset_config(config: DatasetConfig, *, key: str) -> "Dataset":
     method = _loading_method(config)
     loader = resolve_method(method, DATASET_METHODS, key=f"{key}.method")
     with working(f"Reading {key}"), library_bars_hidden():
+        libraries_told_here()
         return _one_split(_call_loader(loader, dict(config.kwargs), key), config, key)
 
 

@@ -13,6 +13,7 @@ A message of `messages` or `conversations` may be of either kind.
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -347,15 +348,19 @@ def _messages_of(turns: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _kind_name(feature: Any) -> str:
+    if type(feature).__name__ == "Json":  # what datasets makes of a column of several types
+        return "of several types"
     return f"of type {feature.dtype}" if isinstance(getattr(feature, "dtype", None), str) else f"{feature}"
 
 
 def _example(dataset: "Dataset", column: str) -> str:
-    """`: row 3 holds 7`, the first row that shows it."""
-    for number, value in enumerate(dataset[column]):
-        if value is not None:
-            return f": row {number} holds {repr(value)[:60]}"
-    return ""
+    """`: row 3 holds 7`, the first row of the rarest type: where few are wrong, one of those."""
+    kinds = [type(value) for value in dataset[column]]
+    counts = Counter(kind for kind in kinds if kind is not type(None))
+    if not counts:
+        return ""
+    number = kinds.index(min(counts, key=counts.__getitem__))
+    return f": row {number} holds {repr(dataset[number][column])[:60]}"
 
 
 def _is_null(feature: Any) -> bool:

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llm.events import tell_event
 from llm.serving_template import serving_template
 from llm.terminal import print_table
 from llm.training.config import DataPrepConfig, MethodConfig
@@ -66,6 +67,7 @@ def make_manifest(config: DataPrepConfig, encoder: Encoder, examples: Examples, 
 def print_summary(manifest: Manifest, config: DataPrepConfig, target: Target) -> None:
     """The table at the end of `dataprep`."""
     counts = manifest.counts
+    tell_event("prepared", path=target.path, chunksize=manifest.chunksize, **counts)
     rows = [("rows read", f"{counts['rows_read']:,}"), ("kept whole", f"{counts['rows_kept']:,}")]
     if counts["rows_cut"]:
         rows.append(("kept in part", f"{counts['rows_cut']:,}"))

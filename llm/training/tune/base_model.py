@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from llm.errors import ConfigError, loading_reason
-from llm.model_registry import check_is_reachable
+from llm.model_registry import check_hub_answers, check_is_reachable
 from llm.training.config import FinetuneConfig
 from llm.training.tune.attention import NODE_ATTENTION
 from llm.training.tune.quantization import quantization_config
@@ -129,6 +129,7 @@ def _fast_dtype(*, is_cuda: bool) -> tuple[torch.dtype, str]:
 def loading_errors(base_model: str) -> Iterator[None]:
     """Turns what loading from a folder or the hub raises into a ConfigError."""
     check_is_reachable(base_model)
+    check_hub_answers(base_model)
     try:
         yield
     # transformers raises these for each: unknown id, no network, odd files

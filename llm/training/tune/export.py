@@ -159,6 +159,15 @@ def _write_run(folder: Path, *, base_model: str, manifest: Manifest | None, run:
         (folder / "finetune.yaml").write_text(saved_text(run["config"], "finetune"), encoding="utf-8")
 
 
+_ASK = """\
+prompt = tokenizer.apply_chat_template(
+    [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+ids = model.generate(**prompt, max_new_tokens=200)[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(ids, skip_special_tokens=True))
+"""
+
+
 def write_readme(folder: Path, base_model: str, *, is_adapter: bool) -> None:
     """How to load the folder; over peft's model card, which is a form of empty headings and cannot be turned off."""
     load = (
@@ -175,6 +184,7 @@ def write_readme(folder: Path, base_model: str, *, is_adapter: bool) -> None:
     text = (
         f"# {'Adapter' if is_adapter else 'Model'} tuned from {base_model}\n\nMade by llm-train.\n\n"
         f"```python\n{load}\ntokenizer = AutoTokenizer.from_pretrained(this_folder)\n```\n\n"
+        f"```python\n{_ASK}```\n\n"
         "The chat template makes the prompts that were trained (contexts go in as `documents=[{'text': ...}]`)."
         f"{merge if is_adapter else ''}\n`run.json` says which data, settings and versions made it; "
         "`manifest.json` holds sizes and hashes of the files.\n"

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llm.events import tell_event
 from llm.terminal import console as terminal
-from llm.terminal import print_table
+from llm.terminal import is_live, print_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """Shows the bar."""
         self._started, self._first_step = time.perf_counter(), state.global_step
-        if state.is_world_process_zero and self._console.is_terminal:
+        if state.is_world_process_zero and is_live(self._console):
             self._bar = Progress(
                 TextColumn("training"),
                 BarColumn(),
@@ -86,6 +87,7 @@ class ProgressCallback(TrainerCallback):
         facts = format_facts(logs or {})
         if not facts or not state.is_world_process_zero:
             return
+        tell_event("training", step=state.global_step, max_steps=state.max_steps, **(logs or {}))
         if self._bar:
             self._bar.update(self._task, facts=facts)
         else:
@@ -139,6 +141,7 @@ def summarize(state: TrainerState, *, throughput: tuple[int, int, float], result
 
 def print_summary(summary: RunSummary) -> None:
     """The table at the end of a run."""
+    tell_event("trained", **asdict(summary))
     rows = {
         "steps": f"{summary.steps:,}",
         "loss, first and last logged": f"{_loss(summary.first_loss)}  {_loss(summary.last_loss)}",
@@ -146,9 +149,9 @@ def print_summary(summary: RunSummary) -> None:
         "tokens per second": f"{summary.tokens_per_second:,.1f}",
         "trained tokens per second": f"{summary.trained_tokens_per_second:,.1f}",
         "peak memory": f"{summary.peak_memory_bytes / 2**30:.2f} GiB",
+        "result": summary.result,
     }
     print_table("Training", rows.items())
-    terminal.print(f" {summary.result}", markup=False)  # not in the table, which would cut a long path
 
 
 def peak_memory_bytes() -> int:

@@ -2,6 +2,7 @@
 ended."""
 
 import json
+import logging
 import os
 import uuid
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from llm.training.tune.checkpoint_folder import run_id_of
 from llm.training.tune.output_sync import OutputSync
 from llm.training.tune.run_record import check_record, passed_text
 from llm.training.tune.whole_folder import find_damage, read_folder_manifest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,8 @@ def _find_start(config: FinetuneConfig, mirror: OutputSync, record: dict[str, An
     elif isinstance(asked, str):
         checkpoint = _named_checkpoint(asked, config.local_output)
         check(checkpoint, read_folder_manifest(checkpoint))
+    if checkpoint is not None:
+        logger.info("Going on from %s.", checkpoint)
     is_same_run = checkpoint is not None and Path(checkpoint).resolve().parent == Path(config.local_output).resolve()
     run_id = run_id_of(read_folder_manifest(checkpoint)) if checkpoint and is_same_run else None
     return Start(checkpoint=checkpoint, run_id=run_id or uuid.uuid4().hex)
