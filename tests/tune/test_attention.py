@@ -11,9 +11,10 @@ from tiny_models import ARCHITECTURES, REFUSED, VOCAB_SIZE, make_model
 from transformers import PreTrainedModel
 
 from llm.errors import ConfigError
-from llm.training.tune import attention, isolation
-from llm.training.tune.attention import NODE_ATTENTION, node_paths
-from llm.training.tune.isolation import check_isolation, keeps_examples_apart, node_positions
+from llm.training.tune import isolation, node_sdpa
+from llm.training.tune.attention import NODE_ATTENTION
+from llm.training.tune.isolation import check_isolation, keeps_examples_apart
+from llm.training.tune.nodes import node_paths, node_positions
 
 
 def packed_logits(model: PreTrainedModel, ids: torch.Tensor, lengths: list[int], parents: list[int]) -> torch.Tensor:
@@ -111,7 +112,7 @@ def test_self_test_sees_a_leak_of_one_node(monkeypatch: pytest.MonkeyPatch) -> N
         paths[1] = [0, 1]  # the second example sees the first
         return paths
 
-    monkeypatch.setattr(attention, "node_paths", leaky_paths)
+    monkeypatch.setattr(node_sdpa, "node_paths", leaky_paths)
     with pytest.raises(ConfigError, match="`llama`.*differ from those of separate examples by [01]"):
         check_isolation(make_model("llama"))
 

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 
 from llm.training.config import FinetuneConfig
 from llm.training.finetune import finetune
-from llm.training.tune.attention import node_paths
 from llm.training.tune.merge import merge_adapter
+from llm.training.tune.nodes import node_paths
 
 ROOT = Path(__file__).parents[2]
 MAX_TOKENS = 100  # an answer has at most 14

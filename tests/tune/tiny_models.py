@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm.training.tune.attention import NODE_ATTENTION
-from llm.training.tune.isolation import node_positions
+from llm.training.tune.nodes import node_positions
 
 VOCAB_SIZE = 97
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

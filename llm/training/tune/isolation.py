@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm.errors import ConfigError
-from llm.training.tune.attention import NODE_ATTENTION, node_paths
+from llm.training.tune.attention import NODE_ATTENTION
+from llm.training.tune.nodes import node_paths, node_positions
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +65,6 @@ def keeps_examples_apart(model: PreTrainedModel, *, is_packed: bool) -> bool:
         return False
     logger.info("Self-test: packed examples have the logits of separate ones (difference %.1g).", difference)
     return True
-
-
-def node_positions(node_lengths: Sequence[int], node_parents: Sequence[int]) -> list[int]:
-    """The position of each token: 0, 1, ... in a root, going on from the parent's end in a child."""
-    positions: list[int] = []
-    ends: list[int] = []
-    for length, parent in zip(node_lengths, node_parents, strict=True):
-        start = ends[parent] if parent >= 0 else 0
-        positions.extend(range(start, start + length))
-        ends.append(start + length)
-    return positions
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
