@@ -55,7 +55,8 @@ def finetune(config: FinetuneConfig) -> RunSummary:
         start = find_start(config, mirror, record)
         run = record | {"id": start.run_id, "config": saved_data(config)}
         model = load_base_model(config)
-        is_flat = keeps_examples_apart(model, is_packed=check_data(blocks, model))
+        most = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
+        is_flat = keeps_examples_apart(model, is_packed=check_data(blocks, model, max_batch_size=most))
         adapted = add_adapter(model, config.lora_config, find_model(config.base_model).lora_config)
         trainer = BlockTrainer(
             adapted, arguments, train_dataset=blocks.train, eval_dataset=blocks.evaluation, is_flat=is_flat
@@ -71,6 +72,6 @@ def finetune(config: FinetuneConfig) -> RunSummary:
                 blocks.manifest,
                 local_output=config.local_output,
                 base_model=config.base_model,
-                run=run,
+                run=run | {"throughput": trainer.work.rates(trainer.peak_flops)},
             )
     return end_training(trainer, result=final_output_path(config.local_output))

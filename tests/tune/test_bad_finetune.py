@@ -474,6 +474,32 @@ def test_7_high_learning_rate_is_warned_of_with_its_line(
     assert "is high: with it training mostly diverges. Usual are 2e-4 (LoRA) and 2e-5 (full)." in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("neftune_noise_alpha", "5", "it would be too weak, by another factor in each batch. Delete it."),
+        ("liger_kernel_config", "{cross_entropy: true}", "`cross_entropy` of Liger has no effect"),
+    ],
+)
+def test_what_a_flattened_batch_would_change_is_refused_with_its_line(
+    key: str, value: str, text: str, folder: Path, right: dict[str, Any]
+) -> None:
+    lines = yaml(f"training_arguments:\n  use_liger_kernel: true\n  {key}: {value}")
+    result = run_case(Case(number=0, what=key, text=lines, told=[]), "finetune", folder, right)
+    assert result.exit_code == 2
+    assert "finetune.yaml:6:" in result.output and f"training_arguments.{key}" in result.output
+    assert text in result.output
+
+
+def test_torch_compile_is_warned_of_with_its_line(
+    folder: Path, right: dict[str, Any], trained_with: list[FinetuneConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    case = Case(number=0, what="torch_compile", told=[], text=yaml("training_arguments:\n  torch_compile: true"))
+    assert run_case(case, "finetune", folder, right).exit_code == 0 and len(trained_with) == 1
+    assert "finetune.yaml:5:3  training_arguments.torch_compile\n" in caplog.text
+    assert "compiles the model anew for every batch of other example lengths" in caplog.text
+
+
 def test_9_bfloat16_where_it_is_slow_is_warned_of_and_the_log_says_what_is_used(
     folder: Path, right: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,8 +7,9 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from llm.training.tune.progress import ProgressCallback, RunSummary, format_facts, print_summary, summarize
+from llm.training.tune.throughput import Work
 
-LOG = {"loss": 1.25, "tokens_per_second": 1234.5}
+LOG = {"loss": 1.25, "tokens_per_second": 1234.5, "trained_tokens_per_second": 500.0, "mfu": 0.385}
 
 
 def run(console: Console, *, is_main: bool = True) -> None:
@@ -26,7 +27,7 @@ def run(console: Console, *, is_main: bool = True) -> None:
 def test_without_a_terminal_each_log_is_one_line() -> None:
     output = io.StringIO()
     run(Console(file=output))
-    assert output.getvalue() == "step 2/3  loss 1.2500  1,234 tokens/s  0:00 left\n"
+    assert output.getvalue() == "step 2/3  loss 1.2500  1,234 tokens/s  500 trained/s  MFU 38.5%  0:00 left\n"
 
 
 def test_other_ranks_are_silent() -> None:
@@ -61,13 +62,17 @@ def test_facts_of_an_evaluation() -> None:
 def test_summary_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     history = [{"loss": 2.0}, {"eval_loss": 1.5}, {"loss": 1.0}, {"train_loss": 1.4}]
     state = TrainerState(global_step=7, log_history=history)
-    summary = summarize(state, throughput=(300, 100, 10.0), result="somewhere")
+    rates = Work(tokens=300, trained_tokens=100, examples=5, flops=4 * 10**13, seconds=10.0).rates(1e13)
+    summary = summarize(state, rates=rates, result="somewhere")
     assert (summary.steps, summary.first_loss, summary.last_loss, summary.eval_loss) == (7, 2.0, 1.0, 1.5)
     assert (summary.tokens_per_second, summary.trained_tokens_per_second) == (30.0, 10.0)
+    assert (summary.examples_per_second, summary.tflops_per_second, summary.mfu) == (0.5, 4.0, 0.4)
+    print_summary(summary)
+    assert "40.0%" in capsys.readouterr().err
     assert summary.peak_memory_bytes > 10 * 2**20
 
 
 def test_summary_without_losses_is_printed() -> None:
-    summary = summarize(TrainerState(), throughput=(0, 0, 0.0), result="somewhere")
+    summary = summarize(TrainerState(), rates=Work().rates(None), result="somewhere")
     assert isinstance(summary, RunSummary) and summary.first_loss is None
     print_summary(summary)

@@ -21,7 +21,7 @@ from llm.training.tune.adapter import add_adapter
 from llm.training.tune.checkpoint_folder import newest_whole_checkpoint
 from llm.training.tune.checkpoints import CheckpointCallback
 from llm.training.tune.collator import flatten_blocks, pad_blocks
-from llm.training.tune.loss import has_logits_to_keep, token_losses
+from llm.training.tune.loss import _CrossEntropy, has_logits_to_keep, token_losses
 from llm.training.tune.trainer import BlockTrainer
 
 RANKS_SCRIPT = Path(__file__).parent / "train_on_ranks.py"
@@ -180,7 +180,10 @@ def test_logged_loss_is_the_token_mean(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(total) / count, rel=1e-5)
     assert trainer.state.log_history[0]["tokens_per_second"] > 0
-    assert trainer.throughput[:2] == (sum(sum(row["node_lengths"]) for row in dataset), count)
+    num_tokens, num_examples = (sum(of(row["node_lengths"]) for row in dataset) for of in (sum, len))
+    assert trainer.work.counts[:3] == [num_tokens, count, num_examples]
+    assert trainer.state.log_history[0]["examples_per_second"] > 0 < trainer.state.log_history[0]["tflops_per_second"]
+    assert "mfu" not in trainer.state.log_history[0]  # the peak of a CPU is not known
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
@@ -311,3 +314,34 @@ def test_step_with_finite_losses_is_described_too(tmp_path: Path) -> None:
     assert trainer.describe_step() == (
         f"The losses are finite; the step was {listed} and 4 more of train_dataset_config (counted from 0)."
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [0, 1, 200])
+def test_cross_entropy_in_parts_equals_the_whole(num_rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(num_rows, 50, generator=generator) * 5).to(dtype).requires_grad_()
+    targets = torch.randint(50, (num_rows,), generator=generator)
+    weights = torch.rand(num_rows, generator=generator)
+    losses = _CrossEntropy.apply(logits, targets)
+    (losses * weights).sum().backward()
+    whole = F.cross_entropy(logits.float(), targets, reduction="none")
+    (expected,) = torch.autograd.grad((whole * weights).sum(), logits)
+    assert losses.dtype is torch.float32 and logits.grad is not None
+    torch.testing.assert_close(losses, whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_lora_that_leaves_casting_to_autocast_trains_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, dtypes = [], set()
+    for is_left in (True, False):
+        monkeypatch.setattr("llm.training.tune.trainer.is_cast_by_autocast", lambda *_, answer=is_left: answer)
+        torch.manual_seed(0)
+        model = add_adapter(make_model("llama", initializer_range=0.1).to(torch.bfloat16), {"r": 4}, {})
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+        layer.register_forward_pre_hook(lambda _, inputs: dtypes.add(inputs[0].dtype))
+        found.append(trained_weights(model, make_packed_dataset(40), tmp_path, bf16=True))
+    assert dtypes == {torch.bfloat16, torch.float32}
+    assert largest_difference(*found) == 0

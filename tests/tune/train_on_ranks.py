@@ -44,7 +44,7 @@ def run(folder: str, *, is_lora: bool, batch_size: int) -> dict[str, Any]:
     return {
         "weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
         "eval_loss": metrics["eval_loss"],
-        "tokens": list(trainer.throughput[:2]),
+        "tokens": trainer.work.counts,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "is_main": trainer.is_world_process_zero(),
     }

@@ -22,6 +22,7 @@ from llm.training.prep.dataset import dataset_location, load_blocks
 from llm.training.prep.manifest import Manifest, read_manifest
 from llm.training.tune.collator import COLUMNS
 from llm.training.tune.isolation import vocabulary_size
+from llm.training.tune.objective import check_objective, check_rope
 
 logger = logging.getLogger(__name__)
 _BLOCKS_AT_ONCE = 1000
@@ -29,11 +30,12 @@ _BLOCKS_AT_ONCE = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFacts:
-    """What a prepared data set holds; `is_packed`: some block has more than one node."""
+    """What a prepared data set holds; `is_packed`: some block has more than one node. `longest_example`: in tokens."""
 
     num_blocks: int
     num_tokens: int
     num_trained_tokens: int
+    longest_example: int
     is_packed: bool
 
 
@@ -54,7 +56,7 @@ def check_blocks(dataset: Dataset, model: PreTrainedModel, *, key: str) -> Block
     its node predicts.
     """
     _check_columns(dataset, key)
-    num_tokens = num_labels = max_nodes = first = 0
+    num_tokens = num_labels = max_nodes = longest = first = 0
     for table in dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(batch_size=_BLOCKS_AT_ONCE):
         blocks = _Blocks(table, key=key, first=first)
         blocks.check_shape()
@@ -62,6 +64,7 @@ def check_blocks(dataset: Dataset, model: PreTrainedModel, *, key: str) -> Block
         num_tokens += int(blocks.nodes.sum())
         num_labels += int((blocks.labels >= 0).sum())
         max_nodes = max(max_nodes, int(blocks.num_nodes.max()))
+        longest = max(longest, int(blocks.positions.max()) + 1)
         first += table.num_rows
     if num_labels == 0:
         raise DataError(
@@ -69,7 +72,11 @@ def check_blocks(dataset: Dataset, model: PreTrainedModel, *, key: str) -> Block
             "dataprep wrote, and at its `ignore_index`."
         )
     return BlockFacts(
-        num_blocks=len(dataset), num_tokens=num_tokens, num_trained_tokens=num_labels, is_packed=max_nodes > 1
+        num_blocks=len(dataset),
+        num_tokens=num_tokens,
+        num_trained_tokens=num_labels,
+        longest_example=longest,
+        is_packed=max_nodes > 1,
     )
 
 
@@ -85,9 +92,13 @@ def open_blocks(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> B
     return Blocks(train=train, evaluation=evaluation, manifest=manifest)
 
 
-def check_data(blocks: Blocks, model: PreTrainedModel) -> bool:
-    """Whether some block holds several examples; logs what there is to train. Raises DataError as
-    `check_blocks`."""
+def check_data(blocks: Blocks, model: PreTrainedModel, *, max_batch_size: int) -> bool:
+    """Whether some block holds several examples; logs what there is to train.
+
+    `max_batch_size`: the most blocks of a batch. Raises DataError as `check_blocks`, and ConfigError as
+    `check_objective` and `check_rope`.
+    """
+    check_objective(model)
     facts = [check_blocks(blocks.train, model, key="train_dataset_config")]
     if blocks.evaluation is not None:
         facts.append(check_blocks(blocks.evaluation, model, key="eval_dataset_config"))
@@ -99,6 +110,7 @@ def check_data(blocks: Blocks, model: PreTrainedModel) -> bool:
             f"{fact.num_tokens:,}",
             f"{fact.num_trained_tokens:,}",
         )
+        check_rope(model, longest_example=fact.longest_example, is_mixed=fact.is_packed or max_batch_size > 1)
     return any(fact.is_packed for fact in facts)
 
 

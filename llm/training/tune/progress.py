@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -16,11 +17,15 @@ from llm.events import tell_event
 from llm.terminal import console as terminal
 from llm.terminal import is_live, print_table
 
+_UNKNOWN = "-"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What a run did. Losses are None when nothing was logged; rates count all ranks and leave evaluation
-    out."""
+    """What a run did. Losses are None when nothing was logged; rates count all ranks and leave evaluation out.
+
+    `tflops_per_second` is None for a model whose work is not known, `mfu` (0 to 1) for a device whose peak is not.
+    """
 
     steps: int
     first_loss: float | None
@@ -28,6 +33,9 @@ class RunSummary:
     eval_loss: float | None
     tokens_per_second: float
     trained_tokens_per_second: float
+    examples_per_second: float
+    tflops_per_second: float | None
+    mfu: float | None
     peak_memory_bytes: int
     result: str
 
@@ -114,44 +122,55 @@ class ProgressCallback(TrainerCallback):
 
 
 def format_facts(logs: dict[str, float]) -> str:
-    """`loss 1.2345  120 tokens/s`, or the evaluation loss; empty when the log has neither."""
+    """`loss 1.2345  120 tokens/s  40 trained/s  1.5 examples/s  MFU 38.5%`, or the evaluation loss; empty when the log
+    has neither."""
     parts = [f"{name.replace('_', ' ')} {logs[name]:.4f}" for name in ("loss", "eval_loss") if name in logs]
     if "tokens_per_second" in logs:
         parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    if "trained_tokens_per_second" in logs:
+        parts.append(f"{logs['trained_tokens_per_second']:,.0f} trained/s")
+    if "examples_per_second" in logs:
+        parts.append(f"{logs['examples_per_second']:,.2f} examples/s")
+    if "mfu" in logs:
+        parts.append(f"MFU {logs['mfu']:.1%}")
     return "  ".join(parts)
 
 
-def summarize(state: TrainerState, *, throughput: tuple[int, int, float], result: str) -> RunSummary:
-    """The summary of a run that ended; `throughput`: tokens, trained tokens, seconds
-    (`BlockTrainer.throughput`)."""
+def summarize(state: TrainerState, *, rates: Mapping[str, float], result: str) -> RunSummary:
+    """The summary of a run that ended; `rates`: `Work.rates` of the whole run."""
     losses = [log["loss"] for log in state.log_history if "loss" in log]
     eval_losses = [log["eval_loss"] for log in state.log_history if "eval_loss" in log]
-    tokens, trained_tokens, seconds = throughput
     return RunSummary(
         steps=state.global_step,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         eval_loss=eval_losses[-1] if eval_losses else None,
-        tokens_per_second=tokens / seconds if seconds else 0.0,
-        trained_tokens_per_second=trained_tokens / seconds if seconds else 0.0,
+        tokens_per_second=rates.get("tokens_per_second", 0.0),
+        trained_tokens_per_second=rates.get("trained_tokens_per_second", 0.0),
+        examples_per_second=rates.get("examples_per_second", 0.0),
+        tflops_per_second=rates.get("tflops_per_second"),
+        mfu=rates.get("mfu"),
         peak_memory_bytes=peak_memory_bytes(),
         result=result,
     )
 
 
 def print_summary(summary: RunSummary) -> None:
-    """The table at the end of a run."""
+    """The table at the end of a run, without what is not known."""
     tell_event("trained", **asdict(summary))
     rows = {
         "steps": f"{summary.steps:,}",
-        "loss, first and last logged": f"{_loss(summary.first_loss)}  {_loss(summary.last_loss)}",
-        "evaluation loss": _loss(summary.eval_loss),
+        "loss, first and last logged": f"{_number(summary.first_loss)}  {_number(summary.last_loss)}",
+        "evaluation loss": _number(summary.eval_loss),
         "tokens per second": f"{summary.tokens_per_second:,.1f}",
         "trained tokens per second": f"{summary.trained_tokens_per_second:,.1f}",
+        "examples per second": f"{summary.examples_per_second:,.2f}",
+        "model TFLOPs per second": _number(summary.tflops_per_second, ".3g"),
+        "model FLOP utilisation": _number(summary.mfu, ".1%"),
         "peak memory": f"{summary.peak_memory_bytes / 2**30:.2f} GiB",
         "result": summary.result,
     }
-    print_table("Training", rows.items())
+    print_table("Training", [row for row in rows.items() if row[1] != _UNKNOWN])
 
 
 def peak_memory_bytes() -> int:
@@ -162,5 +181,5 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
-def _loss(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}"
+def _number(number: float | None, form: str = ".4f") -> str:
+    return _UNKNOWN if number is None else format(number, form)

@@ -66,7 +66,7 @@ def stop_training(trainer: BlockTrainer, signals: SignalCallback, mirror: Output
 
 
 def _tell(trainer: BlockTrainer, result: str) -> RunSummary:
-    summary = summarize(trainer.state, throughput=trainer.throughput, result=result)
+    summary = summarize(trainer.state, rates=trainer.work.rates(trainer.peak_flops), result=result)
     if trainer.args.should_save:
         print_summary(summary)
     return summary
