@@ -1,5 +1,6 @@
 """One row through all stages, preparation and training, with every value on its way written down."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ def test_one_row_through_every_stage_has_the_written_values(config: DataPrepConf
     assert batch.to_pylist() == [BLOCK]
 
 
+PROMPT_HASH = hashlib.blake2b(b"".join(n.to_bytes(4, "little") for n in PROMPT_IDS), digest_size=16).digest()
+
+
 def test_one_row_written_has_the_written_block_manifest_and_ledger(config: DataPrepConfig, tmp_path: Path) -> None:
     prepare(config)
     target = tmp_path / "train"
@@ -124,22 +128,27 @@ def test_one_row_written_has_the_written_block_manifest_and_ledger(config: DataP
     assert manifest.prompt == {"method": "DefaultPrompt", "kwargs": {}}
     assert manifest.prompt_format == {"method": "ChatMLFormat", "kwargs": {}}
 
-    assert pq.read_table(target / "ledger.parquet").to_pylist() == [
-        {
-            "row": 0,
-            "outcome": "kept",
-            "reason": None,
-            "num_tokens": 30,
-            "num_prompt_tokens": 28,
-            "num_trained_tokens": 2,
-            "num_cut_contexts": 0,
-            "num_cut_characters": 0,
-            "has_control_text": False,
-            "num_contexts_characters": 5,
-            "estimated_contexts_tokens": 2,  # 5 of 97 characters, of 30 tokens
-            "block": 0,
-        }
-    ]
+    assert (
+        pq.read_table(target / "ledger.parquet").to_pylist()
+        == [
+            {
+                "row": 0,
+                "outcome": "kept",
+                "reason": None,
+                "num_tokens": 30,
+                "num_prompt_tokens": 28,
+                "num_trained_tokens": 2,
+                "num_cut_contexts": 0,
+                "num_cut_characters": 0,
+                "has_control_text": False,
+                "num_contexts_characters": 5,
+                "estimated_contexts_tokens": 2,  # 5 of 97 characters, of 30 tokens
+                "block": 0,
+                "prompt_hash": int.from_bytes(PROMPT_HASH[:8], "little", signed=True),
+                "split": "train",
+            }
+        ]
+    )
 
 
 def test_one_row_trained_labels_decode_to_the_response_and_the_stop(config: DataPrepConfig) -> None:

@@ -10,7 +10,8 @@ from llm.training.config import DataPrepConfig
 from llm.training.config_file import load_config
 from llm.training.prep.encode import Example
 from llm.training.prep.engine import open_encoder
-from llm.training.prep.rows import iterate_rows, load_source
+from llm.training.prep.rows import iterate_rows
+from llm.training.prep.sources import load_rows
 
 CONFIG = "examples/quickstart/dataprep.yaml"
 
@@ -19,7 +20,7 @@ def journey() -> Iterator[str]:
     """The Markdown lines of the first training row's stages."""
     config = load_config(CONFIG, DataPrepConfig)
     encoder = open_encoder(config)
-    row = next(iterate_rows(load_source(config.source_config), batch_size=1))[0]
+    row = next(iterate_rows(load_rows(config), batch_size=1))[0]
     (turn,) = row.turns
     yield from _code(
         "1. The row, as loaded", f"input     {turn.input}", *_contexts(turn.contexts), f"response  {turn.response}"

@@ -94,16 +94,40 @@ class ScriptConfig(StrictModel):
 
 
 OnTooLong = Literal["drop", "error", "truncate_contexts"]
+OnBadRow = Literal["error", "drop"]
 RowFormat = Literal["auto", "input_response", "messages", "sharegpt", "alpaca", "dolly"]
 ColumnName = Literal["input", "response", "contexts", "messages", "system", "tools"]
+
+
+class SourceConfig(StrictModel):
+    """One of several sources that are mixed into one data set."""
+
+    source_config: DatasetConfig = Field(description="The rows, as the key of this name outside of `sources`.")
+    columns: dict[ColumnName, str] = Field(default_factory=dict, description="What its columns are called.")
+    row_format: RowFormat = Field(default="auto", description="The format of its rows.")
+    weight: float = Field(
+        default=1,
+        gt=0,
+        description="How often its rows are seen: 2 = each twice, 0.5 = a random half; with `mix_by` its share.",
+    )
 
 
 class DataPrepConfig(ScriptConfig):
     """The YAML file of `dataprep`: rows -> rendered prompts -> tokens and labels -> packed blocks."""
 
-    source_config: DatasetConfig = Field(
+    source_config: DatasetConfig | None = Field(
+        default=None,
         description="The rows: columns `input`, `response` (str) and, if you like, `contexts` (list of str). "
-        "A path to a json, jsonl, csv or parquet file, or `method` and `kwargs`."
+        "A path to a json, jsonl, csv or parquet file, or `method` and `kwargs`.",
+    )
+    sources: list[SourceConfig] = Field(
+        default_factory=list,
+        description="Instead of `source_config`: several sources, each with `source_config`, `columns`, `row_format` "
+        "and `weight`, mixed into one data set.",
+    )
+    mix_by: Literal["rows", "tokens"] | None = Field(
+        default=None,
+        description="`weight` of `sources` is a share of all `rows`, or `tokens`; default: how often rows are seen.",
     )
     columns: dict[ColumnName, str] = Field(
         default_factory=dict,
@@ -166,9 +190,27 @@ class DataPrepConfig(ScriptConfig):
         description="A row longer than `chunksize`: `drop` counts and leaves it out, `error` stops, "
         "`truncate_contexts` takes away whole contexts from the end, then the end of the input; never the response.",
     )
+    on_bad_row: OnBadRow = Field(
+        default="error",
+        description="A row with a null where text belongs, messages that are none, or bytes that are no UTF-8: `error` "
+        "stops and says what is wrong, `drop` counts it and leaves it out.",
+    )
     allow_special_tokens_in_data: bool = Field(
         default=False,
         description="`true` lets text such as `<|im_end|>` in a row become the control token; else it stays text.",
+    )
+    dedupe: bool = Field(
+        default=False,
+        description="`true` drops and counts rows whose prompt and response an earlier row has, token by token.",
+    )
+    eval_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Holds out this share of the rows, whole prompts, for evaluation: a second data set, `..._eval`.",
+    )
+    eval_rows: int | None = Field(
+        default=None, gt=0, description="Holds out about so many rows, instead of a share: see `eval_fraction`."
     )
     overwrite: bool = Field(default=False, description="Replace a data set that is already there.")
     allow_code: PackageNames = Field(default_factory=list, description=ALLOW_CODE)
@@ -176,6 +218,32 @@ class DataPrepConfig(ScriptConfig):
     include: Annotated[list[str], BeforeValidator(_a_list)] = Field(
         default_factory=list, exclude=True, description=INCLUDE
     )
+
+    @property
+    def has_eval_split(self) -> bool:
+        """Whether rows are held out for evaluation."""
+        return self.eval_fraction is not None or self.eval_rows is not None
+
+    @property
+    def named_sources(self) -> dict[str, SourceConfig]:
+        """The sources, each under its YAML key."""
+        if self.source_config is None:
+            return {f"sources[{number}].source_config": source for number, source in enumerate(self.sources)}
+        source = SourceConfig(source_config=self.source_config, columns=self.columns, row_format=self.row_format)
+        return {"source_config": source}
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "DataPrepConfig":
+        if self.source_config is not None and self.sources:
+            raise ValueError("`sources` and `source_config` exclude each other: move that one into the list")
+        if self.sources and (self.columns or self.row_format != "auto"):
+            name = "columns" if self.columns else "row_format"
+            raise ValueError(f"`{name}` is said of each source: move it into the list of `sources`")
+        if self.mix_by and not self.sources:
+            raise ValueError("`mix_by` says how `sources` are mixed, and there are none")
+        if self.eval_fraction is not None and self.eval_rows is not None:
+            raise ValueError("`eval_fraction` and `eval_rows` exclude each other: keep one")
+        return self
 
 
 def _canonical_dtype(value: Any) -> Any:
@@ -255,6 +323,10 @@ class FinetuneConfig(ScriptConfig):
         default=None,
         description="Trackers by name, or `none`; default: that of `experiment_tracking_config`, else TensorBoard "
         "when it is installed.",
+    )
+    fail_on_leak: bool = Field(
+        default=False,
+        description="`true`: training rows whose prompt is in the evaluation data are an error, not a warning.",
     )
     allow_tokenizer_mismatch: bool = Field(default=False, description="Train on blocks that another tokenizer made.")
     allow_code: PackageNames = Field(default_factory=list, description=ALLOW_CODE)

@@ -89,7 +89,7 @@ def report_of(config: DataPrepConfig, folder: Path, **changes: Any) -> Report:
     examples = encode_rows(load_source(config.source_config), encoder, folder)
     packing = pack_examples(examples.lengths, chunksize=200)
     manifest = make_manifest(config, encoder, examples, packing)
-    return make_report(manifest, examples.table, ledger_with_blocks(examples, packing), encoder)
+    return make_report(manifest, examples, ledger_with_blocks(examples, packing), encoder)
 
 
 @pytest.fixture

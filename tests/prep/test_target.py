@@ -10,7 +10,7 @@ import pytest
 from prep_helpers import make_config, settings, some_rows, write_jsonl
 
 from llm.errors import ConfigError, DataError
-from llm.training.prep.target import Target, open_target, staged
+from llm.training.prep.target import Target, open_targets, staged
 
 pytest_plugins = ("prep_fixtures",)
 
@@ -23,7 +23,7 @@ class Killed(BaseException):
 
 def opened(folder: Path, target: str | Path, **changes: Any) -> Target:
     source = write_jsonl(folder / "rows.jsonl", some_rows(2))
-    return open_target(make_config(folder, settings(source, folder, target, **changes)))
+    return open_targets(make_config(folder, settings(source, folder, target, **changes)))[0]
 
 
 def fill(target: Target, word: str) -> None:

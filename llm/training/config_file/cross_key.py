@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from llm.errors import did_you_mean
 from llm.registry import own_package
-from llm.training.config import KeyPath, default_training_arguments
+from llm.training.config import DataPrepConfig, KeyPath, default_training_arguments
 from llm.training.config_file.problem import NO_REMOTE_CODE, Problem
 from llm.training.tune.tracking import TRACKERS
 
@@ -44,17 +44,38 @@ def code_problems(data: Mapping[str, Any], schema: type[BaseModel]) -> Iterator[
     """Each wish for code that comes with data, and each `module::name` of a package that `allow_code` does not name."""
     allowed = data.get("allow_code", [])
     allowed = [allowed] if isinstance(allowed, str) else allowed
-    for key in schema.model_fields:
-        if section_of(section_of(data, key), "kwargs").get("trust_remote_code"):
-            yield Problem(path=(key, "kwargs", "trust_remote_code"), text=NO_REMOTE_CODE)
-        method = section_of(data, key).get("method")
-        package = own_package(method) if isinstance(method, str) and key != "experiment_tracking_config" else None
+    for path, section in _sections(data, schema):
+        if section_of(section, "kwargs").get("trust_remote_code"):
+            yield Problem(path=(*path, "kwargs", "trust_remote_code"), text=NO_REMOTE_CODE)
+        method = section.get("method")
+        is_code = isinstance(method, str) and path != ("experiment_tracking_config",)
+        package = own_package(str(method)) if is_code else None
         if package and not (isinstance(allowed, list) and package in allowed):
             text = (
                 f"`{method}` is code of the package `{package}`, which `allow_code` does not name. If you trust it, "
                 f"write `allow_code: [{package}]` into this file, or `--allow-code {package}` on the command line."
             )
-            yield Problem(path=(key, "method"), text=text)
+            yield Problem(path=(*path, "method"), text=text)
+
+
+def _sections(data: Mapping[str, Any], schema: type[BaseModel]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    """The sections that may name code, those within `sources` included."""
+    for key in schema.model_fields:
+        yield (key,), section_of(data, key)
+    sources = data.get("sources")
+    for number, source in enumerate(sources if isinstance(sources, list) else []):
+        if isinstance(source, dict):
+            yield ("sources", number, "source_config"), section_of(source, "source_config")
+
+
+def dataprep_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Rows must come from somewhere; said beside all other problems of the file."""
+    misspelt = [name for name in data if name not in DataPrepConfig.model_fields]
+    advice = [did_you_mean(name, DataPrepConfig.model_fields) for name in misspelt]
+    is_misspelt = any(one in ("Did you mean `source_config`?", "Did you mean `sources`?") for one in advice)
+    if data.get("source_config") is None and not data.get("sources") and not is_misspelt:
+        meaning = DataPrepConfig.model_fields["source_config"].description
+        yield Problem(path=("source_config",), text=f"`source_config` is missing. {meaning}")
 
 
 def finetune_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
@@ -78,6 +99,12 @@ def _eval_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
     training = section_of(data, "training_arguments")
     if data.get("eval_dataset_config") is not None:
         return
+    if data.get("fail_on_leak") is True:
+        text = (
+            "`fail_on_leak` compares training data with evaluation data, and there is none. Add `eval_dataset_config`, "
+            "or delete `fail_on_leak`."
+        )
+        yield Problem(path=("fail_on_leak",), text=text)
     for key in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
         value = training.get(key)
         if value is True or (key == "eval_strategy" and value in ("steps", "epoch")):

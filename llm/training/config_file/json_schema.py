@@ -26,6 +26,7 @@ FOLDER = Path(__file__).parents[3] / "schemas"
 Json = dict[str, Any]
 
 _ENVIRONMENT: Json = {"type": "string", "pattern": r"\$\{env:[^}]*\}"}
+_ONE_SOURCE: Json = {"oneOf": [{"required": ["source_config"]}, {"required": ["sources"]}]}
 _OR_A_TEXT = ("report_to", "allow_code", "include")  # a text is short for a list of one
 _WITHOUT_TEXT = {"integer", "number", "boolean"}
 _TYPES = {
@@ -55,6 +56,8 @@ def json_schema(script: str) -> Json:
     made = _without_titles(model.model_json_schema())
     properties = {key: _with_environment(key, value) for key, value in made["properties"].items()}
     properties |= _methods(properties) | _library_sections(properties)
+    if "sources" in properties:
+        properties["sources"] = _sources(properties, made["$defs"]["SourceConfig"])
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$comment": _comment(script),
@@ -65,7 +68,7 @@ def json_schema(script: str) -> Json:
         "additionalProperties": False,
         # What an included file gives, this one need not.
         "if": {"not": {"required": ["include"]}},
-        "then": {"required": made["required"]},
+        "then": {"required": made["required"], **(_ONE_SOURCE if "sources" in properties else {})},
     }
 
 
@@ -133,6 +136,16 @@ def _methods(properties: Mapping[str, Json]) -> Json:
         "experiment_tracking_config": TRACKERS,
     }
     return {key: _method(schema, key, names[key]) for key, schema in properties.items() if key in names}
+
+
+def _sources(properties: Mapping[str, Json], item: Json) -> Json:
+    """The list of sources, each with the keys that a single one has beside it."""
+    inner = {name: properties.get(name, schema) for name, schema in item["properties"].items()}
+    rows = properties["source_config"]  # may be absent outside, not here
+    required = [one for one in rows["anyOf"] if one != {"type": "null"}]
+    inner["source_config"] = {"anyOf": required, "description": rows["description"]}
+    section = {"type": "object", "properties": inner, "additionalProperties": False, "required": item["required"]}
+    return {"type": "array", "items": section, **_outer(properties["sources"])}
 
 
 def _method(schema: Json, key: str, names: Mapping[str, Any]) -> Json:

@@ -14,11 +14,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from llm.errors import ConfigError, did_you_mean
-from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig, MethodConfig
+from llm.training.config import DataPrepConfig, DatasetConfig, FinetuneConfig, MethodConfig, SourceConfig
 
 README = Path(__file__).parents[1] / "README.md"
 SCHEMAS: dict[str, type[BaseModel]] = {
-    schema.__name__: schema for schema in (DataPrepConfig, FinetuneConfig, DatasetConfig, MethodConfig)
+    schema.__name__: schema for schema in (DataPrepConfig, FinetuneConfig, DatasetConfig, MethodConfig, SourceConfig)
 }
 _MARKED = re.compile(r"(<!-- keys: (\w+) -->\n).*?(<!-- end keys -->)", re.DOTALL)
 _TYPES = {
@@ -30,6 +30,7 @@ _TYPES = {
     NoneType: "`null`",
     DatasetConfig: "path, or `method` and `kwargs`",
     MethodConfig: "`method` and `kwargs`",
+    SourceConfig: "sections",
 }
 
 

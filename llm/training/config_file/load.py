@@ -40,6 +40,8 @@ def load_config(
     problems = document.problems + problems + list(cross_key.code_problems(document.data, schema))
     if schema is FinetuneConfig:
         problems += _library_problems(document.data) + list(cross_key.finetune_problems(document.data))
+    else:
+        problems += cross_key.dataprep_problems(document.data)
     secrets = [Problem(path=at, text=text) for at, text in secret_problems(document.data)]
     secret_paths = {secret.path for secret in secrets}
     problems = secrets + [problem for problem in problems if problem.path not in secret_paths]

@@ -149,16 +149,21 @@ def _path_named_in(text: str, path: KeyPath, data: Any) -> KeyPath:
 
 def _name(path: KeyPath) -> str:
     """The key as a sentence names it: `contexts[0]` for an item of a list."""
-    items = [part for part in path if isinstance(part, int)]
-    names = [part for part in path if isinstance(part, str)]
-    return (names[-1] if names else "") + "".join(f"[{index}]" for index in items)
+    items: list[int] = []
+    for part in reversed(path):
+        if isinstance(part, str):
+            return part + "".join(f"[{index}]" for index in reversed(items))
+        items.append(part)
+    return ""
 
 
 def model_at(schema: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     """The model of the section at `path`, or None where that is plain data."""
     model: type[BaseModel] | None = schema
     for part in path:
-        field = model.model_fields.get(str(part)) if model else None
+        if isinstance(part, int):  # an item of a list: the list's field has named the model
+            continue
+        field = model.model_fields.get(part) if model else None
         model = next(_models(field.annotation), None) if field else None
     return model
 

@@ -54,9 +54,14 @@ def padding(config: DataPrepConfig, tokenizer: PromptTokenizer) -> Padding:
 
 
 def iterate_blocks(
-    examples: pa.Table, packing: Packing, padding: Padding, *, decode: Decode | None = None
+    examples: pa.Table,
+    packing: Packing,
+    padding: Padding,
+    *,
+    decode: Decode | None = None,
+    places: Ints | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of `BLOCK_SCHEMA`.
+    """Batches of `BLOCK_SCHEMA`, from `examples` or from those at `places`, which are the ones that were packed.
 
     Two examples of 4 tokens padded to 9 become one block:
 
@@ -78,10 +83,11 @@ def iterate_blocks(
     """
 
     chunks = examples.to_batches()
+    places = np.arange(examples.num_rows) if places is None else places
 
     def batch(first: int) -> pa.RecordBatch:
         starts = packing.block_starts[first : first + _BLOCKS_AT_ONCE + 1]
-        members = _taken(chunks, packing.examples[starts[0] : starts[-1]])
+        members = _taken(chunks, places[packing.examples[starts[0] : starts[-1]]])
         return _batch(members, *_structure(members, packing, starts, decode), padding, np.diff(starts))
 
     for _, made in two_at_a_time(batch, range(0, packing.num_blocks, _BLOCKS_AT_ONCE)):

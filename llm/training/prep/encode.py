@@ -23,6 +23,9 @@ from llm.training.prep.join import JoinedIds, Pair, join_pairs
 from llm.training.prep.rows import Row, plain
 
 DropReason = Literal[
+    "bad_row",
+    "not_drawn",
+    "duplicate",
     "empty_response",
     "empty_prompt",
     "too_long",
@@ -32,6 +35,9 @@ DropReason = Literal[
     "refused_by_template",
 ]
 DROP_ADVICE: dict[str, str] = {
+    "bad_row": "a null where text belongs, or not to be read: `on_bad_row: error` says what is wrong with the first",
+    "not_drawn": "left out by chance, since the weight of its source is below 1, or its share small",
+    "duplicate": "an earlier row has the same prompt and response",
     "empty_response": "no response to learn from",
     "empty_prompt": "no prompt token from which to predict the response's first",
     "too_long": "longer than chunksize, or than the model can read: raise chunksize, or set on_too_long",
@@ -137,6 +143,8 @@ class Encoder:
 
     def _why_unusable(self, row: Row, *, is_plain: bool) -> DropReason | None:
         """What can be told without tokens."""
+        if row.problem:
+            return "bad_row"
         answers = self._answers(row)
         if not answers or not all(answer.strip() for answer in answers):
             return "empty_response"
@@ -158,7 +166,7 @@ class Encoder:
         num_tokens = len(outcome.input_ids)
         if self.on_too_long == "error":
             raise DataError(
-                f"source_config: row {row.number} (counted from 0): {num_tokens} tokens, a block holds "
+                f"{row.where}: {num_tokens} tokens, a block holds "
                 f"{self.max_tokens} (chunksize). Raise chunksize, or set on_too_long to `drop` or `truncate_contexts`."
             )
         cut = self._truncate(row) if self.on_too_long == "truncate_contexts" else None
@@ -208,9 +216,9 @@ class Encoder:
         except TemplateRefusal as error:
             if row.chat is not None:
                 return []
-            raise DataError(f"source_config: row {row.number} (counted from 0): {error}") from error
+            raise DataError(f"{row.where}: {error}") from error
         except (ValueError, DataError) as error:
-            raise DataError(f"source_config: row {row.number} (counted from 0): {error}") from error
+            raise DataError(f"{row.where}: {error}") from error
 
     def _chat_segments(self, chat: Mapping[str, Any]) -> list[Segment]:
         assert isinstance(self.prompt_format, ChatTemplateFormat), "_why_unusable has seen to it"

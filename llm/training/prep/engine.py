@@ -1,5 +1,6 @@
 """Runs stages 1 to 3 over all rows on this machine: one process, the tokenizer's own threads on all cores."""
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from llm.training.prep.reuse import Reuse
 from llm.training.prep.rows import Source, iterate_rows
 from llm.training.prep.store import Collector, Examples, ShardStore
 
+logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 1000
 _MANY_ROWS = 10_000  # opening the fast tokenizer takes 0.4 s (SmolLM2) to 2 s (vocabularies of 150,000)
 
@@ -50,15 +52,20 @@ def open_encoder(config: DataPrepConfig) -> Encoder:
 
 def for_source(encoder: Encoder, config: DataPrepConfig, source: Source) -> Encoder:
     """The encoder with the default prompt for the format of the rows, unless the config names one; fast for many."""
-    if config.fast_tokenizer and len(source.dataset) >= _MANY_ROWS:
+    if config.fast_tokenizer and source.num_rows >= _MANY_ROWS:
         encoder.tokenizer.use_fast()
-    is_default = config.prompt_config is None and source.row_format != "input_response"
+    formats = {part.row_format for part in source.parts}
+    is_default = config.prompt_config is None and formats != {"input_response"}
+    if is_default and "input_response" in formats:
+        logger.info(
+            "prompt_config: `Prompt` (the text itself) for the rows of all sources, since their formats differ."
+        )
     return replace(encoder, prompt=Prompt()) if is_default else encoder
 
 
 def encode_rows(source: Source, encoder: Encoder, folder: Path, *, reuse: Reuse | None = None) -> Examples:
     """The examples of all rows, spilled to `folder`, or with `reuse` to the cache; DataError when none is left."""
-    num_rows = len(source.dataset)
+    num_rows = source.num_rows
     store = ShardStore(reuse.folder if reuse else folder / "rows")
     collector = Collector(encoder.train_on)
     if reuse:
@@ -74,5 +81,5 @@ def encode_rows(source: Source, encoder: Encoder, folder: Path, *, reuse: Reuse 
     if not len(examples.lengths):
         reasons = {what.removeprefix("dropped: "): count for what, count in examples.counts().items()}
         told = "\n".join(f"- {reason}, {count} rows: {DROP_ADVICE[reason]}" for reason, count in reasons.items())
-        raise DataError(f"source_config: every one of the {num_rows} rows was dropped, nothing is written:\n{told}")
+        raise DataError(f"{source.key}: every one of the {num_rows} rows was dropped, nothing is written:\n{told}")
     return examples

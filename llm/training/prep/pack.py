@@ -53,7 +53,7 @@ def choose_packing(examples: Examples, config: DataPrepConfig) -> Packing:
     """The packing that `config` asks for: `pack`, `share_prefixes`, `chunksize`, `seed`; shared where that saves."""
     lengths, chunksize, seed = examples.lengths, config.chunksize, config.seed
     if config.pack and config.share_prefixes is not False:
-        forest = find_forest(examples.table)
+        forest = find_forest(examples.table, examples.places)
         shared = pack_examples(lengths, chunksize=chunksize, seed=seed, forest=forest)
         num_tokens = int(lengths.sum())
         saved = num_tokens - shared.num_tokens

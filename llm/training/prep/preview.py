@@ -15,7 +15,8 @@ from llm.training.prep.dataset import check_source, load_blocks
 from llm.training.prep.encode import DROP_ADVICE, Dropped, Encoder, Example, Outcome
 from llm.training.prep.engine import for_source, open_encoder
 from llm.training.prep.manifest import Manifest, read_manifest
-from llm.training.prep.rows import iterate_rows, load_source
+from llm.training.prep.rows import iterate_rows
+from llm.training.prep.sources import check_sources, load_rows
 from llm.training.prep.token_view import Part, View, token_runs
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,14 @@ def row_views(config: DataPrepConfig, *, first: int, num_rows: int) -> Iterator[
 
     Raises what dataprep does before and at these rows: ConfigError, DataError.
     """
-    check_source(config.source_config)
+    check_sources(config)
     encoder = open_encoder(config)
-    source = load_source(config.source_config, columns=config.columns, row_format=config.row_format)
+    source = load_rows(config)
     encoder = for_source(encoder, config, source)
-    _check_first(first, len(source.dataset), "rows")
+    _check_first(first, source.num_rows, "rows")
     for batch in islice(iterate_rows(source, batch_size=1), first, first + num_rows):
         yield outcome_view(encoder.encode(batch)[0], encoder)
-    yield _range_view("rows", first, num_rows, len(source.dataset))
+    yield _range_view("rows", first, num_rows, source.num_rows)
 
 
 def block_views(path: str, *, first: int, num_blocks: int, base_model: str | None) -> Iterator[View]:

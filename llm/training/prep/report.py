@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm.training.prep.arrays import Ints
-from llm.training.prep.duplicates import first_equals, hash_examples
+from llm.training.prep.duplicates import first_equals
 from llm.training.prep.encode import DROP_ADVICE, Encoder
 from llm.training.prep.manifest import Manifest
+from llm.training.prep.store import Examples
 from llm.training.prep.token_view import Run, token_runs
 
 _NUM_FIRST_ROWS = 5
@@ -142,9 +143,10 @@ class Report:
         return json.dumps(asdict(self), ensure_ascii=False, indent=1)
 
 
-def make_report(manifest: Manifest, examples: pa.Table, ledger: pa.Table, encoder: Encoder) -> Report:
-    """The report of a finished preparation; `ledger` as `ledger_with_blocks` gives it."""
+def make_report(manifest: Manifest, examples: Examples, ledger: pa.Table, encoder: Encoder) -> Report:
+    """The report of a finished preparation of `examples`; `ledger` as `make_ledgers` gives it."""
     counts = manifest.counts
+    ledger = ledger.filter(pc.equal(ledger["split"], examples.split).fill_null(True))
     kept = ledger.filter(pc.not_equal(ledger["outcome"], "dropped"))
     edges, lengths = _lengths(kept)
     return Report(
@@ -181,9 +183,9 @@ def _cut(kept: pa.Table) -> CutRows:
     return CutRows(**asdict(found), contexts=contexts, characters=characters)
 
 
-def _duplicates(examples: pa.Table) -> Duplicates:
-    rows = examples["row"]
-    hashes = hash_examples(examples)
+def _duplicates(examples: Examples) -> Duplicates:
+    places, numbers = np.unique(examples.places, return_index=True)  # a row that is drawn twice is no duplicate
+    rows, hashes = examples.table["row"].take(pa.array(places)), examples.hashes.take(numbers)
     equals, same_prompt = first_equals(hashes.whole), first_equals(hashes.prompt)
     is_repeated = equals != np.arange(len(equals))
     repeated = np.flatnonzero(is_repeated)[:_NUM_FIRST_ROWS]
@@ -196,6 +198,8 @@ def _duplicates(examples: pa.Table) -> Duplicates:
 
 
 def _longest(ledger: pa.Table) -> list[LongRow]:
+    if "draw" in ledger.column_names:  # a row that is seen twice is one row
+        ledger = ledger.filter(pc.equal(ledger["draw"].fill_null(0), 0))
     num_tokens = ledger["num_tokens"].fill_null(0).to_numpy()
     order = np.argsort(-num_tokens, kind="stable")[:_NUM_LONGEST]
     names = ("row", "num_tokens", "num_prompt_tokens", "num_trained_tokens")
@@ -262,9 +266,9 @@ def _summary(lengths: Ints, edges: Ints) -> Lengths:
 # --- examples --------------------------------------------------------------------------------------------------------
 
 
-def _shown_examples(examples: pa.Table, kept: pa.Table, encoder: Encoder) -> list[ShownExample]:
+def _shown_examples(examples: Examples, kept: pa.Table, encoder: Encoder) -> list[ShownExample]:
     chosen = _chosen(kept)
-    found = examples.select(["row", "input_ids", "trained"]).take(list(chosen)).to_pylist()
+    found = examples.table.select(["row", "input_ids", "trained"]).take(examples.places[list(chosen)]).to_pylist()
     same = _num_same([one["input_ids"][: one["trained"][0]] for one in found])
     shown = []
     for place, (one, why) in enumerate(zip(found, chosen.values(), strict=True)):

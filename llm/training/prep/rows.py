@@ -11,7 +11,6 @@ A message of `messages` or `conversations` may be of either kind.
 `columns` of the config says what a column is called here, `row_format` forces one of these, `auto` finds it.
 """
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,8 +23,9 @@ from llm.chat_template import answer_places, split_system
 from llm.errors import DataError, did_you_mean, quoted
 from llm.prompt import Message
 from llm.prompt_format import TrainOn
-from llm.training.config import ColumnName, DatasetConfig, RowFormat
+from llm.training.config import ColumnName, DatasetConfig, OnBadRow, RowFormat
 from llm.training.prep.dataset import is_text, load_dataset_config
+from llm.training.prep.messages import null_text, parse_message, parse_objects
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,15 +42,8 @@ _COLUMNS: dict[str, dict[ColumnName, str]] = {
 }
 _ONE_CONTEXT = ("alpaca", "dolly")  # their column of contexts holds one text
 _REQUIRED = ("input", "response", "messages")
-_ROLES = (
-    dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot"), "assistant")
-    | dict.fromkeys(("user", "human", "prompter"), "user")
-    | dict.fromkeys(("tool", "observation", "function_response"), "tool")
-    | dict.fromkeys(("system", "developer"), "system")
-)
 # What a message can say beside its content; other keys (ids, languages, ratings) only a chat template may look at.
 _SAYING = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "name")
-_ONE_MESSAGE = '{"role": "user", "content": "..."}'
 # Where a column that is called otherwise mostly holds the same: for the advice only.
 _OTHER_NAMES: dict[ColumnName, tuple[str, ...]] = {
     "input": ("question", "prompt", "instruction", "query", "problem", "text", "document"),
@@ -66,13 +59,20 @@ class Row:
 
     `turns` are its questions and answers (`response` None: never answered), `system` takes the place of the prompt's
     system message. `chat` holds `messages` and `tools` as they stand when they are more than that: tool calls,
-    reasoning, other roles; `turns` are empty then.
+    reasoning, other roles; `turns` are empty then. `problem` says why it could not be read: then it holds nothing else.
     """
 
     number: int
     turns: tuple[Message, ...]
     system: str = ""
     chat: Mapping[str, Any] | None = None
+    problem: str | None = None
+    origin: str = _KEY
+
+    @property
+    def where(self) -> str:
+        """Its source and its number there, for errors; where several sources are mixed `origin` says both."""
+        return f"{_KEY}: row {self.number} (counted from 0)" if self.origin == _KEY else self.origin
 
     @property
     def contexts(self) -> tuple[str, ...]:
@@ -110,61 +110,106 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A data set, the format of its rows, and which of its columns holds what (our name -> its name)."""
+    """A data set, the format of its rows, and which of its columns holds what (our name -> its name).
+
+    `key` is its YAML key, for errors. `others` are the sources whose rows follow, where several are mixed.
+    """
 
     dataset: "Dataset"
     row_format: RowFormat
     columns: Mapping[ColumnName, str]
+    on_bad_row: OnBadRow = "error"
+    key: str = _KEY
+    others: tuple["Source", ...] = ()
+
+    @property
+    def parts(self) -> tuple["Source", ...]:
+        """The sources, one after the other."""
+        return (self, *self.others)
+
+    @property
+    def num_rows(self) -> int:
+        """The rows of all sources."""
+        return sum(len(part.dataset) for part in self.parts)
 
 
 def load_source(
-    config: DatasetConfig, *, columns: Mapping[ColumnName, str] | None = None, row_format: RowFormat = "auto"
+    config: DatasetConfig,
+    *,
+    columns: Mapping[ColumnName, str] | None = None,
+    row_format: RowFormat = "auto",
+    on_bad_row: OnBadRow = "error",
+    key: str = _KEY,
 ) -> Source:
     """The source rows, columns checked; DataError when their columns are not those of `row_format`."""
-    return with_columns(load_dataset_config(config, key=_KEY), columns or {}, row_format)
+    source = with_columns(load_dataset_config(config, key=key), columns or {}, row_format, key=key)
+    return replace(source, on_bad_row=on_bad_row)
 
 
-def with_columns(dataset: "Dataset", given: Mapping[ColumnName, str], row_format: RowFormat = "auto") -> Source:
+def with_columns(
+    dataset: "Dataset", given: Mapping[ColumnName, str], row_format: RowFormat = "auto", *, key: str = _KEY
+) -> Source:
     """`dataset` and which of its columns holds what: as `given`, else by their usual names in `row_format`."""
     missing = sorted({*given.values()} - {*dataset.column_names})
     if missing:
         raise DataError(
-            f"columns: the rows have no column {quoted(missing)}. {did_you_mean(missing[0], dataset.column_names)}"
+            f"{key.removesuffix(_KEY)}columns: the rows have no column {quoted(missing)}. "
+            f"{did_you_mean(missing[0], dataset.column_names)}"
         )
     chosen = _row_format(dataset, given) if row_format == "auto" else row_format
     found = {**_COLUMNS[chosen], **given}
     found = {ours: theirs for ours, theirs in found.items() if ours in _REQUIRED or theirs in dataset.column_names}
-    source = Source(dataset=dataset, row_format=chosen, columns=found)
+    source = Source(dataset=dataset, row_format=chosen, columns=found, key=key)
     _check_columns(source)
     if chosen != "input_response":
         told = ", ".join(f"`{theirs}` -> {ours}" for ours, theirs in found.items())
-        logger.info(f"{_KEY}: read as {chosen} ({told}); `row_format` forces another, or refuses this one.")
+        logger.info(f"{key}: read as {chosen} ({told}); `row_format` forces another, or refuses this one.")
     return source
 
 
 def iterate_rows(source: Source, *, batch_size: int) -> Iterator[list[Row]]:
-    """The rows of `source` in order, `batch_size` at a time; DataError at a null, with its row number."""
+    """The rows of `source` in order, `batch_size` at a time.
+
+    DataError at one that cannot be read, with its number; where `on_bad_row` is `drop` it is a row with a `problem`.
+    """
+    if source.key == _KEY:
+        yield from _own_rows(source, batch_size)
+        return
+    first = 0
+    for part in source.parts:
+        for rows in _own_rows(part, batch_size):
+            yield [
+                replace(row, number=first + row.number, origin=f"{part.key}: row {row.number} (counted from 0)")
+                for row in rows
+            ]
+        first += len(part.dataset)
+
+
+def _own_rows(source: Source, batch_size: int) -> Iterator[list[Row]]:
+    """The rows of one source, numbered from 0."""
     reader = source.dataset.select_columns(list(source.columns.values())).with_format("arrow")
     start = 0
     for table in reader.iter(batch_size=batch_size):
-        batch = {ours: _values(table, theirs, start) for ours, theirs in source.columns.items()}
+        batch = {ours: _values(table, theirs, start, source.key) for ours, theirs in source.columns.items()}
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        yield [_row(start + place, row, source) for place, row in enumerate(rows)]
+        yield [_row_or_problem(start + place, row, source) for place, row in enumerate(rows)]
         start += table.num_rows
 
 
-def _values(table: pa.Table, column: str, start: int) -> list[Any]:
-    """A column's values; DataError for a row that is not UTF-8, which the readers of JSON let through."""
+def _values(table: pa.Table, column: str, start: int, key: str) -> list[Any]:
+    """A column's values; a DataError in place of one that is not UTF-8, which the readers of JSON let through."""
     try:
         return list(table.column(column).to_pylist())
+    except UnicodeDecodeError:
+        where = [f"{key}: row {start + place} (counted from 0)" for place in range(table.num_rows)]
+        return [_value(*one, column) for one in zip(table.column(column), where, strict=True)]
+
+
+def _value(value: pa.Scalar, where: str, column: str) -> Any:
+    try:
+        return value.as_py()
     except UnicodeDecodeError as error:
-        for place, value in enumerate(table.column(column)):
-            try:
-                value.as_py()
-            except UnicodeDecodeError:
-                row = f"{_KEY}: row {start + place} (counted from 0)"
-                raise DataError(f"{row}: `{column}` is not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
-        raise
+        return DataError(f"{where}: `{column}` is not UTF-8 ({error.reason}). Save the file as UTF-8.")
 
 
 def guess_columns(names: Sequence[str]) -> dict[ColumnName, str]:
@@ -202,9 +247,9 @@ def _check_columns(source: Source) -> None:
         is_contexts = ours == "contexts" and source.row_format not in _ONE_CONTEXT
         if not is_text(getattr(kind, "feature", None) if is_contexts else kind):
             wanted = 'a list of texts in each row, e.g. ["..."] (`row_format: dolly` takes one text)'
-            wanted = wanted if is_contexts else "text"
+            wanted = f"{wanted};" if is_contexts else "text,"
             raise DataError(
-                f"{_KEY}: column `{theirs}` must be {wanted}{';' if is_contexts else ','} it is {_kind_name(kind)}"
+                f"{source.key}: column `{theirs}` must be {wanted} it is {_kind_name(kind)}"
                 f"{_example(source.dataset, theirs)}."
             )
 
@@ -220,7 +265,7 @@ def _missing(source: Source, wanted: str) -> str:
         guess |= _near(names, _OTHER_NAMES)
     mapped = ", ".join(f"{ours}: {theirs}" for ours, theirs in guess.items())
     return (
-        f"{_KEY}: the rows have no column `{wanted}`; they have {quoted(names)}. {hint}"
+        f"{source.key}: the rows have no column `{wanted}`; they have {quoted(names)}. {hint}"
         f"Say what the columns are called, e.g. `columns: {{{mapped}}}`, or give rows with `messages`."
     )
 
@@ -240,77 +285,35 @@ def plain(row: Row) -> Row:
     return _conversation(row.number, {**row.chat, "messages": messages}, row.system, tuple(row.chat["contexts"]))
 
 
+def _row_or_problem(number: int, values: dict[ColumnName, Any], source: Source) -> Row:
+    try:
+        return _row(number, values, source)
+    except DataError as error:
+        if source.on_bad_row == "drop":
+            return Row(number=number, turns=(), problem=str(error))
+        raise DataError(f"{error} `on_bad_row: drop` leaves such rows out and counts them.") from error
+
+
 def _row(number: int, values: dict[ColumnName, Any], source: Source) -> Row:
-    where = f"{_KEY}: row {number} (counted from 0)"
+    where = f"{source.key}: row {number} (counted from 0)"
+    for value in values.values():
+        if isinstance(value, DataError):
+            raise value
     contexts = values.get("contexts") or []
     contexts = [contexts] if isinstance(contexts, str) else contexts  # Alpaca's input
     if None in contexts:
-        raise DataError(_null(where, f"contexts[{contexts.index(None)}]"))
+        raise DataError(null_text(where, f"contexts[{contexts.index(None)}]"))
     system = values.get("system") or ""
-    tools = _objects(values.get("tools"), where, "tools")
+    tools = parse_objects(values.get("tools"), where, "tools")
     if "messages" in values:
-        found = _objects(values["messages"], where, "messages")
-        messages = [_message(one, where, f"messages[{place}]") for place, one in enumerate(found)]
+        found = parse_objects(values["messages"], where, "messages")
+        messages = [parse_message(one, where, f"messages[{place}]") for place, one in enumerate(found)]
         return _conversation(number, {"messages": messages, "tools": tools}, system, tuple(contexts))
     for ours in ("input", "response"):
         if values[ours] is None:
-            raise DataError(_null(where, source.columns[ours]))
+            raise DataError(null_text(where, source.columns[ours]))
     messages = [{"role": "user", "content": values["input"]}, {"role": "assistant", "content": values["response"]}]
     return _conversation(number, {"messages": messages, "tools": tools}, system, tuple(contexts))
-
-
-def _null(where: str, name: str) -> str:
-    return (
-        f"{where}: `{name}` is null, or not there. Every row needs an input and a response, and every context a text: "
-        "mend the row or remove it."
-    )
-
-
-def _objects(value: Any, where: str, ours: str) -> list[dict[str, Any]]:
-    """Messages or tools, which csv and some json files hold as text; DataError when they are none."""
-    try:
-        found = json.loads(value.strip() or "[]") if isinstance(value, str) else value
-        objects = [_without_nulls(json.loads(one) if _is_json_object(one) else one) for one in found or []]
-    except (json.JSONDecodeError, TypeError) as error:
-        raise DataError(f"{where}: `{ours}` is neither a list nor the JSON of one ({error}).") from error
-    if not all(isinstance(one, dict) for one in objects):
-        raise DataError(f"{where}: `{ours}` must be a list of mappings, e.g. {_ONE_MESSAGE}; it holds {objects!r:.60}.")
-    return objects
-
-
-def _is_json_object(value: Any) -> bool:
-    return isinstance(value, str) and value.lstrip().startswith("{")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every message of a column the same keys: those that a message does not have are null."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
-
-
-def _message(message: dict[str, Any], where: str, name: str) -> dict[str, Any]:
-    """The message with one of our roles, and text as content; DataError for one without a role, or nothing to say."""
-    if "from" in message:
-        weight = {"weight": message["weight"]} if "weight" in message else {}
-        message = {"role": message["from"], "content": message.get("value"), **weight}
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str):
-        raise DataError(f"{where}: {name} has no `role` and `content` (or `from` and `value`).")
-    if content is None and "tool_calls" not in message:
-        raise DataError(_null(where, f"{name}.content"))
-    said = {} if content is None else {"content": _joined(content, f"{where}: {name}")}
-    return {**message, "role": _ROLES.get(role.lower(), role), **said}
-
-
-def _joined(content: Any, where: str) -> Any:
-    """The text of content in parts, as OpenAI has them; DataError where a part is no text."""
-    if not isinstance(content, list):
-        return content
-    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{where} holds a part that is no text, such as an image: only text can be trained.")
-    return "".join(texts)
 
 
 def _conversation(number: int, chat: dict[str, list[Any]], system: str, contexts: tuple[str, ...]) -> Row:

@@ -39,14 +39,15 @@ class Forest:
     leaf_parents: Ints
 
 
-def find_forest(examples: pa.Table) -> Forest:
-    """The forest of `examples` (columns `input_ids` and `trained`).
+def find_forest(examples: pa.Table, places: Ints | None = None) -> Forest:
+    """The forest of `examples` (columns `input_ids` and `trained`), or of those at `places` (rising).
 
     An example shares at most what stands before its last prompt token, which predicts its first label: labels are
     never shared. A node has at least two examples below it and MIN_NODE_TOKENS tokens.
     """
-    tokens = _Tokens(examples["input_ids"])
-    limits = _first_labels(examples["trained"]) - 1
+    places = np.arange(examples.num_rows) if places is None else places
+    tokens = _Tokens(examples["input_ids"], places)
+    limits = _first_labels(examples["trained"])[places] - 1
     search = _Search(tokens, limits)
     while len(search.rows):
         search.advance()
@@ -131,9 +132,10 @@ class _Search:
 
 
 class _Tokens:
-    """The ids of all examples, chunk by chunk as they lie in the memory map."""
+    """The ids of the examples at `places`, chunk by chunk as they lie in the memory map."""
 
-    def __init__(self, column: pa.ChunkedArray) -> None:
+    def __init__(self, column: pa.ChunkedArray, places: Ints) -> None:
+        self._places = places
         chunks = [chunk for chunk in column.chunks if len(chunk)]
         self._values = [chunk.values.to_numpy() for chunk in chunks]
         self._starts = [chunk.offsets.to_numpy() for chunk in chunks]
@@ -145,6 +147,7 @@ class _Tokens:
         What stands behind an example's end means nothing.
         """
         steps = np.arange(width)
+        rows = self._places[rows]
         bounds = np.searchsorted(rows, self._first_rows)
         for chunk in np.flatnonzero(np.diff(bounds)):
             for start in range(bounds[chunk], bounds[chunk + 1], _ROWS_AT_ONCE):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ import pyarrow as pa
 from llm.cache import write_whole
 from llm.prompt_format import TrainOn
 from llm.training.prep.arrays import Ints, make_lists
+from llm.training.prep.duplicates import ExampleHashes, hash_examples
 from llm.training.prep.encode import Dropped, Example, Outcome
 from llm.training.prep.manifest import Sample
 from llm.training.prep.rows import Row
@@ -49,16 +51,22 @@ _LEDGER = {
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """The kept examples (`table`, memory-mapped, in row order), their lengths, and what became of every row.
+    """The kept examples (in row order), their lengths and hashes, and what became of every row.
 
-    `samples` are a few prompts, `source_fingerprint` is a hash of all rows as read.
+    `table` is memory-mapped and stays as it was spilled: example n is its row `places[n]`. `samples` are a few prompts,
+    `source_fingerprint` is a hash of all rows as read. `held_out`, of those to train on: those kept apart to evaluate,
+    which have a ledger of their own.
     """
 
     table: pa.Table
+    places: Ints
     lengths: Ints
+    hashes: ExampleHashes
     ledger: pa.Table
     samples: list[Sample]
     source_fingerprint: str
+    split: Literal["train", "eval"] = "train"
+    held_out: "Examples | None" = None
 
     def counts(self) -> Counter[str]:
         """Rows by outcome: `kept`, `cut` (kept in part), `dropped: <reason>`."""
@@ -123,7 +131,9 @@ class Collector:
         lengths = [shard.examples["input_ids"].value_lengths().to_numpy() for shard in self._shards]
         return Examples(
             table=table,
+            places=np.arange(table.num_rows),
             lengths=np.concatenate([np.empty(0, dtype=np.int64), *lengths]),
+            hashes=hash_examples(table),
             ledger=pa.Table.from_batches([shard.ledger for shard in self._shards], pa.schema(_LEDGER)),
             samples=self._samples,
             source_fingerprint=hashlib.blake2b(

@@ -7,8 +7,8 @@ is the commit: it leaves before the first upload and arrives last; the object `p
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,22 +94,57 @@ class Target:
         """The folder beside a local target in which it is prepared."""
         return Path(self.path).parent / f".{Path(self.path).name}.preparing"
 
+    @property
+    def exists(self) -> bool:
+        """Whether a whole data set is there."""
+        if self.is_url:
+            return bool(_store(self).exists(self.manifest_path))
+        return Path(self.manifest_path).exists()
+
+    @property
+    def has_leftover(self) -> bool:
+        """Whether a run that wrote it was killed (or goes on still)."""
+        return bool(_store(self).exists(self.marker_path)) if self.is_url else self.work.exists()
+
     def _beside(self, name: str) -> str:
         return self.manifest_path.removesuffix("manifest.json") + name
+
+    @property
+    def held_out(self) -> "Target":
+        """Where rows held out for evaluation go: `train` -> `train_eval`, `train.parquet` -> `train_eval.parquet`."""
+        folder, slash, name = self.path.rpartition("/")
+        stem, ending = (name, "") if self.is_folder else (Path(name).stem, Path(name).suffix)
+        return Target(path=f"{folder}{slash}{stem}_eval{ending}", path_key=self.path_key)
 
     def staged_in(self, folder: Path) -> "Target":
         """The same data set inside `folder`."""
         return Target(path=str(folder / self.path.rsplit("/", 1)[-1]), path_key=self.path_key)
 
 
-def open_target(config: DataPrepConfig) -> Target:
-    """The target that `config` names, put back first if a killed run left it half moved.
+def open_targets(config: DataPrepConfig) -> list[Target]:
+    """The target that `config` names, and that of the rows it holds out, if any; see `open_target`."""
+    target = open_target(_named_target(config.dataset_writer_config), config)
+    if not config.has_eval_split:
+        return [target]
+    # The held-out rows arrive first: without the others they are what a killed run left.
+    is_leftover = not target.exists and target.has_leftover
+    try:
+        held_out = open_target(
+            target.held_out, config.model_copy(update={"overwrite": True}) if is_leftover else config
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{error} It is where the rows go that `eval_fraction` or `eval_rows` holds out.") from error
+    return [target, held_out]
 
-    Raises ConfigError when none is named, or it is the source, is there already or cannot be written.
+
+def open_target(target: Target, config: DataPrepConfig) -> Target:
+    """`target`, put back first if a killed run left it half moved.
+
+    Raises ConfigError when it is the source, is there already or cannot be written.
     """
-    target = _named_target(config.dataset_writer_config)
-    source = dataset_location(config.source_config)
-    if source and os.path.abspath(os.path.expanduser(source)) == os.path.abspath(target.path):
+    locations = [dataset_location(source.source_config) for source in config.named_sources.values()]
+    sources = {os.path.abspath(os.path.expanduser(location)) for location in locations if location}
+    if os.path.abspath(target.path) in sources:
         raise ConfigError(f"{KEY}: `{target.path}` is the source itself. Write to another place.")
     if target.is_url:
         _check_url(target, config.overwrite)
@@ -117,6 +152,16 @@ def open_target(config: DataPrepConfig) -> Target:
         _put_back(target)
         _check_path(target, config.overwrite)
     return target
+
+
+@contextmanager
+def all_staged(targets: Sequence[Target]) -> Iterator[list[tuple[Path, Target]]]:
+    """`staged` of each: on leaving without an error the last is moved first, and the others only after it.
+
+    So training rows never lie beside held-out rows that are older than they.
+    """
+    with ExitStack() as stack:
+        yield [stack.enter_context(staged(target)) for target in targets]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from llm.training.prep.manifest import Manifest, read_manifest
 from llm.training.tune.collator import COLUMNS
 from llm.training.tune.isolation import vocabulary_size
 from llm.training.tune.objective import check_objective, check_rope
+from llm.training.tune.overlap_check import check_overlap
 
 logger = logging.getLogger(__name__)
 _BLOCKS_AT_ONCE = 1000
@@ -83,12 +84,14 @@ def check_blocks(dataset: Dataset, model: PreTrainedModel, *, key: str) -> Block
 def open_blocks(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Blocks:
     """The prepared data sets of a run, made with `tokenizer`; reads no block yet.
 
-    Raises ConfigError and DataError as `prep.dataset.load_blocks`, `read_manifest` and `check_tokenizer` do.
+    Raises ConfigError and DataError as `prep.dataset.load_blocks`, `read_manifest`, `check_tokenizer` and
+    `check_overlap` do.
     """
     train, manifest = _load(config.train_dataset_config, "train_dataset_config", config, tokenizer)
     if config.eval_dataset_config is None:
         return Blocks(train=train, evaluation=None, manifest=manifest)
-    evaluation, _ = _load(config.eval_dataset_config, "eval_dataset_config", config, tokenizer)
+    evaluation, other = _load(config.eval_dataset_config, "eval_dataset_config", config, tokenizer)
+    check_overlap(config, manifest, other)
     return Blocks(train=train, evaluation=evaluation, manifest=manifest)
 
 
