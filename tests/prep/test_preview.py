@@ -312,6 +312,7 @@ def test_tokenizer_that_has_changed_is_an_error_and_given_by_hand_a_warning(
     path = prepared(tmp_path, model)
     other = tmp_path / "other"
     sentencepiece_tokenizer().save_pretrained(other)
+    caplog.clear()
     caplog.set_level("WARNING")
     assert shown(path, "--base-model", model) and not caplog.records
     assert "Block 0: " in shown(path, "--base-model", other)
