@@ -19,7 +19,7 @@ from llm.training.prep.pack import Packing
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 
-_BLOCKS_AT_ONCE = 500
+_TOKENS_AT_ONCE = 2**18  # of a batch of blocks, of which up to four are in memory, 40 bytes a token
 _TOKENS = pa.list_(pa.int32())
 BLOCK_SCHEMA = pa.schema(
     [
@@ -84,13 +84,14 @@ def iterate_blocks(
 
     chunks = examples.to_batches()
     places = np.arange(examples.num_rows) if places is None else places
+    num_blocks = max(1, _TOKENS_AT_ONCE * packing.num_blocks // max(1, packing.num_tokens))
 
     def batch(first: int) -> pa.RecordBatch:
-        starts = packing.block_starts[first : first + _BLOCKS_AT_ONCE + 1]
+        starts = packing.block_starts[first : first + num_blocks + 1]
         members = _taken(chunks, places[packing.examples[starts[0] : starts[-1]]])
         return _batch(members, *_structure(members, packing, starts, decode), padding, np.diff(starts))
 
-    for _, made in two_at_a_time(batch, range(0, packing.num_blocks, _BLOCKS_AT_ONCE)):
+    for _, made in two_at_a_time(batch, range(0, packing.num_blocks, num_blocks)):
         yield made
 
 
