@@ -91,7 +91,7 @@ def test_blocks_without_padding_are_as_long_as_their_examples(entries: list[dict
 def test_blocks_of_two_batches_equal_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [{"text": "", "input_ids": [n] * (3 + n % 14), "trained": [1, 2]} for n in range(40)]
     whole = blocks_of(entries)
-    monkeypatch.setattr(blocks_module, "_BLOCKS_AT_ONCE", 3)
+    monkeypatch.setattr(blocks_module, "_TOKENS_AT_ONCE", 50)
     assert blocks_of(entries) == whole
 
 
