@@ -140,6 +140,7 @@ def test_one_row_written_has_the_written_block_manifest_and_ledger(config: DataP
                 "num_trained_tokens": 2,
                 "num_cut_contexts": 0,
                 "num_cut_characters": 0,
+                "num_cut_tokens": 0,
                 "has_control_text": False,
                 "num_contexts_characters": 5,
                 "estimated_contexts_tokens": 2,  # 5 of 97 characters, of 30 tokens

@@ -342,7 +342,8 @@ def test_row_too_long_loses_whole_contexts_from_the_end_and_no_more_than_needed(
     (outcome,) = encoder_of(num_tokens(expected), on_too_long="truncate_contexts").encode([LONG])
     assert isinstance(outcome, Example)
     (whole,) = encoder_of(10_000).encode([expected])
-    assert outcome == replace(whole, num_cut_contexts=3 - kept)
+    num_cut_tokens = num_tokens(LONG) - len(whole.input_ids)
+    assert outcome == replace(whole, num_cut_contexts=3 - kept, num_cut_tokens=num_cut_tokens)
 
 
 def test_row_too_long_without_contexts_loses_the_end_of_its_input() -> None:

@@ -63,6 +63,7 @@ class Example:
     trained: tuple[tuple[int, int], ...]
     num_cut_contexts: int = 0
     num_cut_characters: int = 0
+    num_cut_tokens: int = 0
     has_control_text: bool = False
 
     @property
@@ -170,7 +171,9 @@ class Encoder:
                 f"{self.max_tokens} (chunksize). Raise chunksize, or set on_too_long to `drop` or `truncate_contexts`."
             )
         cut = self._truncate(row) if self.on_too_long == "truncate_contexts" else None
-        return cut or Dropped(row=row.number, reason="too_long", num_tokens=num_tokens)
+        if cut is None:
+            return Dropped(row=row.number, reason="too_long", num_tokens=num_tokens)
+        return replace(cut, num_cut_tokens=num_tokens - len(cut.input_ids))
 
     def _truncate(self, row: Row) -> Example | None:
         """The example with as many leading contexts as fit, else with as much of the input (1 character or more).

@@ -49,10 +49,11 @@ class DroppedRows(FoundRows):
 
 @dataclass(frozen=True, kw_only=True)
 class CutRows(FoundRows):
-    """Rows that were kept in part: how many contexts and how many characters of the input they lost, together."""
+    """Rows that were kept in part: what they lost, together; characters are those of the input."""
 
     contexts: int
     characters: int
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +180,10 @@ def _dropped(counts: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _cut(kept: pa.Table) -> CutRows:
     found = _found(kept["row"], _flags(kept, "outcome", "cut"))
-    contexts, characters = (pc.sum(kept[f"num_cut_{part}"]).as_py() or 0 for part in ("contexts", "characters"))
-    return CutRows(**asdict(found), contexts=contexts, characters=characters)
+    contexts, characters, tokens = (
+        pc.sum(kept[f"num_cut_{part}"]).as_py() or 0 for part in ("contexts", "characters", "tokens")
+    )
+    return CutRows(**asdict(found), contexts=contexts, characters=characters, tokens=tokens)
 
 
 def _duplicates(examples: Examples) -> Duplicates:

@@ -44,6 +44,7 @@ _LEDGER = {
     "num_trained_tokens": pa.int32(),
     "num_cut_contexts": pa.int32(),
     "num_cut_characters": pa.int32(),
+    "num_cut_tokens": pa.int32(),
     "has_control_text": pa.bool_(),
     "num_contexts_characters": pa.int32(),  # of those that are left
 }
@@ -199,7 +200,7 @@ def _facts(row: Row) -> list[object]:
 def _entry(row: Row, outcome: Outcome) -> tuple[object, ...]:
     """The values of the ledger's columns, in their order."""
     if isinstance(outcome, Dropped):
-        return (outcome.row, "dropped", outcome.reason, outcome.num_tokens or None, None, None, None, None, None, None)
+        return (outcome.row, "dropped", outcome.reason, outcome.num_tokens or None, *[None] * 7)
     contexts = [context for turn in row.turns for context in turn.contexts]
     return (
         outcome.row,
@@ -210,6 +211,7 @@ def _entry(row: Row, outcome: Outcome) -> tuple[object, ...]:
         outcome.num_trained_tokens,
         outcome.num_cut_contexts,
         outcome.num_cut_characters,
+        outcome.num_cut_tokens,
         outcome.has_control_text,
         sum(map(len, contexts[: len(contexts) - outcome.num_cut_contexts])),
     )
