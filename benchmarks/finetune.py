@@ -17,7 +17,8 @@ without it only the plain Trainer is compared. On a GPU: add `--device cuda` (wr
 All sides: same base model and dtype, LoRA r 16 on all linear layers, AdamW, the same ids and labels, one optimizer step
 over all rows of the task (the mean over their trained tokens), which is repeated `--passes` times; so their losses must
 agree, in the second pass too. Each repetition runs every side once, each in a fresh process; seconds are those of
-`trainer.train()`, memory is the peak of the process (of the device on CUDA), with model and imports.
+`trainer.train()`, memory is the peak of the process (of the device on CUDA), with model and imports. On a machine that
+does other work too, compare the processor's time: it is what a side computed, whoever else was waiting.
 
 `--quality`: one epoch over 200 rows by ours, TRL packed and the plain Trainer; then all are evaluated by the same code
 on 50 other rows.
@@ -298,7 +299,7 @@ def line(task: Task, prepared: Prepared, side: Side) -> tuple[str, ...]:
 def print_ratios(sides: Sequence[Side]) -> None:
     """How much faster each of ours is than each other side: medians of the ratios of what ran in the same round."""
     for mine in (side for side in sides if side.program == "ours"):
-        for other in (side for side in sides if side is not mine):
+        for other in (side for side in sides if side.program != "ours"):
             wall, cpu = (ratio(other.values(name), mine.values(name)) for name in ("seconds", "cpu_seconds"))
             memory = other.median("peak_bytes") / mine.median("peak_bytes")
             print(f"  {mine.name} is {wall:.2f} x {other.name} (cpu time {cpu:.2f} x; its peak memory {memory:.2f} x)")

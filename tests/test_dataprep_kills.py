@@ -45,10 +45,11 @@ class Place:
         self.target: Path | str = job.target if store is None else URL
 
     def files(self) -> Files:
-        """All files; nothing where the manifest is missing, since then nobody takes it for a data set."""
+        """All files but the marker of a run; nothing without a manifest, since then nobody takes it for a data set."""
         if self.store is None:
             return files_of(self.job.target)
         found = files_on(self.store, "dataprep-tests/train")
+        found.pop("/preparing", None)
         return found if "/manifest.json" in found else {}
 
     def put(self, saved: Path | None) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, HEADS, make_block, make_model
+from tiny_models import ARCHITECTURES, HEADS, REFUSED, make_block, make_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -90,3 +90,9 @@ def test_peak_is_that_of_the_named_device_or_unknown() -> None:
     assert peak_of("NVIDIA L40") is None and peak_of("NVIDIA GeForce RTX 4090") == 165e12
     assert peak_of("AMD Instinct MI300X") is None and len(PEAK_FLOPS) > 10
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *REFUSED])
+def test_work_of_any_architecture_is_known_or_said_to_be_unknown(architecture: str) -> None:
+    flops = StepFlops(make_model(architecture))
+    assert flops.is_known is (architecture not in ("mamba", "gpt_oss"))

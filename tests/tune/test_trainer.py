@@ -345,3 +345,19 @@ def test_lora_that_leaves_casting_to_autocast_trains_the_same_weights(
         found.append(trained_weights(model, make_packed_dataset(40), tmp_path, bf16=True))
     assert dtypes == {torch.bfloat16, torch.float32}
     assert largest_difference(*found) == 0
+
+
+@pytest.mark.parametrize("is_evaluated", [False, True])
+def test_logits_of_a_bfloat16_run_stay_bfloat16(is_evaluated: bool, tmp_path: Path) -> None:
+    dtypes, dataset = [], make_packed_dataset(8)
+    model = add_adapter(make_model("llama", initializer_range=0.1).to(torch.bfloat16), {"r": 4}, {})
+    settings = {"bf16": True, "max_steps": 2, "eval_strategy": "steps" if is_evaluated else "no", "eval_steps": 1}
+    trainer = BlockTrainer(model, train_arguments(tmp_path, **settings), train_dataset=dataset, eval_dataset=dataset)
+    call = _CrossEntropy.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _CrossEntropy, "forward", lambda ctx, logits, ids: (dtypes.append(logits.dtype), call(ctx, logits, ids))[1]
+        )
+        trainer.train()
+    assert set(dtypes) == {torch.bfloat16} and len(dtypes) == (4 if is_evaluated else 2)
+    assert all(p.dtype is torch.float32 and p.isfinite().all() for p in model.parameters() if p.requires_grad)

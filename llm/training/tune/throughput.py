@@ -85,10 +85,10 @@ class StepFlops:
         self.per_token = sum(_flops(module) for module in layers.values() if module not in head)
         self.per_label = sum(_flops(module) for module in layers.values() if module in head)
         self.windows = layer_windows(config)
-        heads = config.num_attention_heads
-        self.per_pair: int = 12 * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        heads = getattr(config, "num_attention_heads", 0)  # 0: a state-space model
+        self.per_pair: int = 12 * heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
         """Of one layer: two products forward, four backward."""
-        self.is_known = _unknown_share(inner, layers.values()) <= MOST_UNKNOWN
+        self.is_known = heads > 0 and _unknown_share(inner, layers.values()) <= MOST_UNKNOWN
 
     def of_batch(self, batch: Mapping[str, Any], *, num_labels: int) -> int:
         """Of a batch as the collator makes it; 0 for a model whose work is not known."""

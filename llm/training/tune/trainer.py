@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -92,6 +93,8 @@ class BlockTrainer(Trainer):
     ) -> Tensor:
         """This batch's share of the step's loss: its sum of token losses / `num_items_in_batch`."""
         assert num_items_in_batch is not None and not return_outputs
+        # Accelerate's wrapper turns all logits into float32: what it wraps is called, under the same autocast.
+        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         losses = token_losses(
             model,
             inputs,
@@ -105,6 +108,10 @@ class BlockTrainer(Trainer):
         if self.args.average_tokens_across_devices:
             share = share * self.accelerator.num_processes  # gradients are averaged over the ranks
         return share
+
+    def compute_loss_context_manager(self) -> Any:
+        """Mixed precision, as the Trainer's arguments ask for it."""
+        return self.accelerator.autocast()
 
     def describe_step(self) -> str:
         """Which blocks and source rows of this rank's last step have a loss that is not finite: a sentence."""
@@ -176,15 +183,15 @@ class BlockTrainer(Trainer):
         """As `Trainer.train`; the clock of the throughput starts here."""
         self._counted_since = time.perf_counter()
         assert self.model is not None
-        with disable_input_dtype_casting(self.model, active=is_cast_by_autocast(self.model, self.args)):
+        with disable_input_dtype_casting(self.model, active=is_cast_by_autocast(self.model, self.accelerator)):
             return super().train(*args, **kwargs)
 
 
-def is_cast_by_autocast(model: Any, args: TrainingArguments) -> bool:
+def is_cast_by_autocast(model: Any, accelerator: Accelerator) -> bool:
     """Whether LoRA may leave its inputs as they are: autocast gives its layers one type, and casting them to float32
     and back, as peft does, costs a bfloat16 step 8 % for the same numbers. DoRA computes more than layers."""
     is_plain_lora = isinstance(model, PeftModel) and not getattr(model.active_peft_config, "use_dora", False)
-    return is_plain_lora and (args.bf16 or args.fp16)
+    return is_plain_lora and accelerator.native_amp
 
 
 def training_arguments(config: FinetuneConfig) -> TrainingArguments:
