@@ -75,10 +75,10 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def tell(case: Case, result: Result, folder: Path, log: str = "") -> None:
-    """A line of the table, where BAD_INPUTS_TABLE names its file; `log`: what pytest caught of it."""
+def tell(case: Case, result: Result, folder: Path) -> None:
+    """A line of the table, where BAD_INPUTS_TABLE names its file."""
     if table := os.environ.get("BAD_INPUTS_TABLE"):
-        output = (log + result.output).replace(f"{folder}/", "").strip()
+        output = result.output.replace(f"{folder}/", "").strip()
         message = re.split(r"(?m)^(?=error: )", output)[-1] if case.exit_code else output
         message = re.sub(r"/\S+/pytest-[^/`]+/", "", message.replace(str(Path.cwd()), "~/project"))
         message = message.replace("|", "\\|").replace("\n", "<br>")

@@ -88,7 +88,7 @@ def test_loaded_model_has_our_attention_and_no_cache(tmp_path: Path, caplog: pyt
         model = load_base_model(make_config(base_model=str(tmp_path), torch_dtype="float32"))
     assert model.config._attn_implementation == NODE_ATTENTION and not model.config.use_cache
     assert model.dtype is torch.float32
-    assert "torch.float32 weights; as `torch_dtype` says" in caplog.text
+    assert "float32 weights (as `torch_dtype` says)" in caplog.text
 
 
 @pytest.mark.parametrize("path", ["./no/such", "/no/such", "models/a/b"])

@@ -37,7 +37,8 @@ def load_base_model(config: FinetuneConfig) -> PreTrainedModel:
     """
     precision = resolve_precision(config)
     quantization = quantization_config(config)
-    logger.info("base_model %s: %s weights; %s", config.base_model, precision.weights, precision.reason)
+    weights = str(precision.weights).removeprefix("torch.")
+    logger.info("base_model %s: %s weights (%s)", config.base_model, weights, precision.reason)
     disable_progress_bar()  # it fills the terminal for half a second of loading
     with loading_errors(config.base_model):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
