@@ -77,11 +77,13 @@ def check_hub_answers(base_model: str) -> None:
 
     The libraries would try for a minute. What the hub answers (unknown, private) is left to them to tell.
     """
+    if Path(base_model).is_dir():
+        return
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        is_here = Path(base_model).is_dir() or isinstance(try_to_load_from_cache(base_model, "config.json"), str)
+        is_here = isinstance(try_to_load_from_cache(base_model, "config.json"), str)
         if not is_here and not constants.HF_HUB_OFFLINE:
             HfApi().model_info(base_model, timeout=_HUB_SECONDS)
     except (HfHubHTTPError, ValueError):  # an answer, or no hub id at all

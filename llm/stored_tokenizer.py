@@ -75,7 +75,7 @@ def stored_path(base_model: str) -> Path | None:
     folder = Path(base_model) if Path(base_model).is_dir() else _downloaded(base_model)
     if folder is None:
         return None
-    key = hashlib.sha256(json.dumps([_FORMAT, [_version(name) for name in _BUILDERS]]).encode())
+    key = hashlib.sha256(json.dumps([_FORMAT, [installed_version(name) for name in _BUILDERS]]).encode())
     for path in _tokenizer_files(folder):
         key.update(f"\0{path.relative_to(folder)}\0".encode())
         key.update(hashlib.sha256(path.read_bytes()).digest())
@@ -137,7 +137,8 @@ def _tokenizer_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """The version of a distribution; None when it is not installed, as ours where a clone is run."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

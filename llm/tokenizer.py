@@ -122,7 +122,7 @@ class PromptTokenizer:
         except ValueError:
             return None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """See `tokenizer_fingerprint`."""
         return tokenizer_fingerprint(self._tokenizer)

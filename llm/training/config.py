@@ -67,6 +67,11 @@ class MethodConfig(StrictModel):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the method.")
 
 
+def kwargs_of(config: MethodConfig | None) -> dict[str, Any]:
+    """The arguments of a method; none where none is named."""
+    return config.kwargs if config else {}
+
+
 class DatasetConfig(StrictModel):
     """Where rows or blocks come from. A bare path (`rows.jsonl`, `output/train`) is short for it."""
 

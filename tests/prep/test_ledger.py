@@ -224,6 +224,14 @@ def test_ledger_estimates_contexts_by_their_share_of_characters(tmp_path: Path) 
     assert ledger["estimated_contexts_tokens"].to_pylist() == [5, 1]  # 10 of 40, 5 of 40 characters
 
 
+def test_ledger_counts_the_contexts_of_a_conversation_that_stays_as_it_is(tmp_path: Path) -> None:
+    row = Row(number=0, turns=(), chat={"messages": [], "tools": [], "contexts": ["12345", "678"]})
+    collector = Collector("all")
+    example = Example(row=0, text="x" * 40, input_ids=list(range(20)), trained=((18, 20),), has_control_text=True)
+    collector.add([row], ShardStore(tmp_path).shard([row], lambda batch: [example]))
+    assert collector.examples().ledger["num_contexts_characters"].to_pylist() == [8]
+
+
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from llm.prompt import Prompt
 from llm.prompt_registry import make_prompt, make_prompt_format
 from llm.terminal import progress_bar
 from llm.tokenizer import load_prompt_tokenizer
-from llm.training.config import DataPrepConfig, MethodConfig
+from llm.training.config import DataPrepConfig, MethodConfig, kwargs_of
 from llm.training.prep.encode import DROP_ADVICE, Encoder
 from llm.training.prep.overlap import two_at_a_time
 from llm.training.prep.reuse import Reuse
@@ -36,7 +36,7 @@ def open_encoder(config: DataPrepConfig) -> Encoder:
         prompt=prompt,
         prompt_format=make_prompt_format(
             chosen.method if chosen else None,
-            chosen.kwargs if chosen else {},
+            kwargs_of(chosen),
             base_model=config.base_model,
             tokenizer=tokenizer,
         ),

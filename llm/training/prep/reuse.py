@@ -15,7 +15,7 @@ from typing import Any
 import llm
 from llm.cache import cache_folder, write_whole
 from llm.chat_template import ChatTemplateFormat
-from llm.training.config import DataPrepConfig, MethodConfig
+from llm.training.config import DataPrepConfig, kwargs_of
 from llm.training.prep.encode import Encoder
 from llm.training.prep.target import Target
 
@@ -89,8 +89,8 @@ def _parts(config: DataPrepConfig, encoder: Encoder) -> Parts:
     day = date.today().isoformat() if template and "strftime_now" in template else None  # it renders the date
     facts: Mapping[str, Any] = {
         "base_model": [tokenizer.fingerprint, tokenizer.eos_token],
-        "prompt_config": [type(encoder.prompt).__name__, _kwargs(config.prompt_config)],
-        "prompt_format_config": [type(prompt_format).__name__, _kwargs(config.prompt_format_config), template, day],
+        "prompt_config": [type(encoder.prompt).__name__, kwargs_of(config.prompt_config)],
+        "prompt_format_config": [type(prompt_format).__name__, kwargs_of(config.prompt_format_config), template, day],
         "chunksize": encoder.max_tokens,
         "on_too_long": encoder.on_too_long,
         "allow_special_tokens_in_data": encoder.allow_special_tokens_in_data,
@@ -98,10 +98,6 @@ def _parts(config: DataPrepConfig, encoder: Encoder) -> Parts:
         "llm-train": _code(),
     }
     return {key: _hash(value) for key, value in facts.items()}
-
-
-def _kwargs(config: MethodConfig | None) -> dict[str, Any]:
-    return config.kwargs if config else {}
 
 
 def _code() -> list[str]:

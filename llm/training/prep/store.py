@@ -104,7 +104,7 @@ class ShardStore:
             found = _read(ledger), _read(examples)
         else:
             for path in (examples, ledger):
-                os.utime(path)  # used: see `remove_unused`
+                os.utime(path)  # used: `reuse.py` removes what long was not
         assert found[0] is not None and found[1] is not None
         return Shard(examples=found[1], ledger=found[0], digest=digest, is_reused=not is_made)
 
@@ -201,7 +201,6 @@ def _entry(row: Row, outcome: Outcome) -> tuple[object, ...]:
     """The values of the ledger's columns, in their order."""
     if isinstance(outcome, Dropped):
         return (outcome.row, "dropped", outcome.reason, outcome.num_tokens or None, *[None] * 7)
-    contexts = [context for turn in row.turns for context in turn.contexts]
     return (
         outcome.row,
         "cut" if outcome.is_cut else "kept",
@@ -213,5 +212,5 @@ def _entry(row: Row, outcome: Outcome) -> tuple[object, ...]:
         outcome.num_cut_characters,
         outcome.num_cut_tokens,
         outcome.has_control_text,
-        sum(map(len, contexts[: len(contexts) - outcome.num_cut_contexts])),
+        sum(map(len, row.contexts[: len(row.contexts) - outcome.num_cut_contexts])),
     )

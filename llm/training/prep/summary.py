@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from llm.events import tell_event
 from llm.serving_template import serving_template
 from llm.terminal import print_table
-from llm.training.config import DataPrepConfig, MethodConfig
+from llm.training.config import DataPrepConfig, MethodConfig, kwargs_of
 from llm.training.config_file import saved_data
 from llm.training.prep.arrays import Ints
 from llm.training.prep.encode import DROP_ADVICE, Encoder
@@ -66,7 +66,7 @@ def make_manifest(config: DataPrepConfig, encoder: Encoder, examples: Examples, 
         prompt=(config.prompt_config or MethodConfig(method=type(encoder.prompt).__name__)).model_dump(),
         prompt_format={
             "method": type(encoder.prompt_format).__name__,
-            "kwargs": _kwargs(config.prompt_format_config),
+            "kwargs": kwargs_of(config.prompt_format_config),
         },
         chat_template=serving_template(encoder.prompt, encoder.prompt_format),
         stop_token=encoder.prompt_format.stop,
@@ -148,10 +148,6 @@ def _split(examples: Examples) -> dict[str, Any]:
         return {"split": {"name": examples.split, "held_out": held_out}}
     is_part = examples.split == "eval"
     return {"split": {"name": examples.split, "fingerprint": examples.hashes.fingerprint}} if is_part else {}
-
-
-def _kwargs(config: MethodConfig | None) -> dict[str, Any]:
-    return config.kwargs if config else {}
 
 
 def _counts(examples: Examples, packing: Packing, chunksize: int) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def _overlap_text(train: pa.Table, evaluation: pa.Table) -> str:
     for ledger in (train, evaluation):
         rows = ledger.filter(pc.is_in(ledger["prompt_hash"], pa.array(common)))["row"]
         first = ", ".join(map(str, rows.slice(0, _NUM_FIRST_ROWS).to_pylist()))
-        told.append((f"{len(rows):,} of {ledger.num_rows:,}", f"rows {first}{', ...' if len(rows) > 5 else ''}"))
+        told.append(
+            (f"{len(rows):,} of {ledger.num_rows:,}", f"rows {first}{', ...' if len(rows) > _NUM_FIRST_ROWS else ''}")
+        )
     (num_train, train_rows), (num_evaluation, evaluation_rows) = told
     return (
         f"eval_dataset_config: {num_train} training rows have a prompt that is in the evaluation data, too "

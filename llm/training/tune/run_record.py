@@ -9,7 +9,6 @@ Only `settings` are compared: the Trainer would go on with other ones in silence
 """
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm.errors import ConfigError, did_you_mean
 from llm.model_registry import find_model
+from llm.stored_tokenizer import installed_version
 from llm.tokenizer import tokenizer_fingerprint
 from llm.training.config import FinetuneConfig
 from llm.training.config_file import saved_data
@@ -182,18 +182,11 @@ def base_model_fingerprint(base_model: str) -> str:
 
 def package_versions() -> dict[str, str | None]:
     """The versions of what trains; None for what is not installed as a package."""
-    return {name: _version(name) for name in RECORDED_PACKAGES}
+    return {name: installed_version(name) for name in RECORDED_PACKAGES}
 
 
 def _fast_dtype(config: FinetuneConfig) -> str:
     return str(resolve_precision(config).weights).removeprefix("torch.")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a clone that was not installed
-        return None
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[Difference]:
