@@ -33,6 +33,7 @@ from llm.training.prep.manifest import read_manifest
 
 __all__ = ["forks", "job", "model", "server", "store"]  # fixtures
 NUM_KILLS = 2 * int(os.environ.get("LLM_TRAIN_REPEAT_FAULTS", "1"))  # of each kind
+MOST_TRIES = 10 * NUM_KILLS  # one that ends before its time is no kill
 URL = "s3://dataprep-tests/train"
 Files = dict[str, bytes]
 
@@ -92,10 +93,13 @@ def test_dataprep_killed_at_any_time_leaves_an_old_or_a_new_target_and_reruns_to
 
     chance = random.Random(f"{place_name} {has_old}")
     codes, outcomes = [], []
-    for number in range(NUM_KILLS):
+    for number in range(MOST_TRIES):
         place.put(job.folder / "old" if has_old else None)
         monkeypatch.setenv("LLM_TRAIN_CACHE", str(job.folder / f"cache-{number}"))  # nothing is tokenized yet
+        began = time.monotonic()
         codes.append(forks.run(job.write(chunksize=192), kill_after_seconds=seconds * chance.uniform(0.1, 1.0)))
+        if codes[-1] == 0:  # the machine is faster than it was: as long as this one took is long enough
+            seconds = time.monotonic() - began
         left = place.files()
         assert left in (before, after, {})
         outcomes.append("old" if left and left == before else "new" if left else "absent")
@@ -103,8 +107,10 @@ def test_dataprep_killed_at_any_time_leaves_an_old_or_a_new_target_and_reruns_to
         assert forks.run(job.write(chunksize=192)) == 0
         assert place.files() == after
         assert job.leftovers() == []
-    print(f"{place_name}: {codes.count(-signal.SIGKILL)} of {NUM_KILLS} were killed before their end; left: {outcomes}")
-    assert -signal.SIGKILL in codes
+        if codes.count(-signal.SIGKILL) == NUM_KILLS:
+            break
+    print(f"{place_name}: {codes.count(-signal.SIGKILL)} of {len(codes)} were killed before their end; left: {outcomes}")
+    assert codes.count(-signal.SIGKILL) == NUM_KILLS
 
 
 def check_that_what_is_left_can_be_used_or_is_refused(place: Place, *, has_files: bool) -> None:
