@@ -47,6 +47,7 @@ class Prompt:
     _input: Template = field(init=False, repr=False)
     _contexts: tuple[Template, ...] = field(init=False, repr=False)
     _response: Template = field(init=False, repr=False)
+    _examples: tuple[Turn, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Parses the templates, so that a mistake in one is found here."""
@@ -57,12 +58,13 @@ class Prompt:
         object.__setattr__(self, "_response", Template(self.response_template, name="response_template"))
         parsed = tuple(Template(source, fields, "context_template") for source in contexts)
         object.__setattr__(self, "_contexts", parsed)
+        examples = tuple(replace(self._turn(message), is_example=True) for message in self.examples)
+        object.__setattr__(self, "_examples", examples)
 
     def conversation(self, messages: Sequence[Message], *, system: str = "") -> Conversation:
         """The few-shot examples and then `messages`, worded by the templates; `system` replaces `system_message`."""
-        examples = [replace(self._turn(message), is_example=True) for message in self.examples]
-        turns = [self._turn(message) for message in messages]
-        return Conversation(system=system or self.system_message, turns=(*examples, *turns))
+        turns = tuple(map(self._turn, messages))
+        return Conversation(system=system or self.system_message, turns=self._examples + turns)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Chat messages with what users and assistants say worded by the templates, all else as it stands."""

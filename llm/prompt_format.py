@@ -6,7 +6,7 @@ each trained or not. A format knows nothing of the task, a prompt nothing of the
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 from llm.errors import ConfigError, DataError
 
@@ -59,8 +59,7 @@ class Conversation:
     turns: tuple[Turn, ...]
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of rendered text; `is_trained` says whether its tokens become labels."""
 
     text: str

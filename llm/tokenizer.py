@@ -7,16 +7,20 @@ format puts it into the text. Control tokens that stand in user data can be kept
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tokenizers import Tokenizer, decoders, normalizers
 
 from llm.errors import ConfigError, loading_reason
 from llm.events import libraries_told_here
-from llm.fast_tokenizer import FastEncoder, open_fast
+from llm.fast_tokenizer import FastEncoder, TokenIds, open_fast
 from llm.model_registry import check_hub_answers, check_is_reachable
 from llm.stored_tokenizer import StoredTokenizer, read_stored, stored_path, write_stored
 
@@ -48,6 +52,7 @@ class PromptTokenizer:
         self.control_tokens: dict[str, int] = {str(t): i for i, t in added.items() if t.special}
         self.cut_tokens = [str(t) for t in added.values() if t.special and not t.lstrip]
         """Control tokens whose left side is tokenized as if the text ended there."""
+        self.most_cut_characters = max(map(len, self.cut_tokens), default=0)
         self.eos_token: str | None = tokenizer.eos_token
         self.pad_token_id: int = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         plain, whole = backend.encode("a", add_special_tokens=False), backend.encode("a")
@@ -55,13 +60,14 @@ class PromptTokenizer:
         start = next((n for n in starts if whole.ids[n : n + len(plain.ids)] == plain.ids), 0)
         self.added_bos: str = self.decode([whole.ids[:start]])[0] if start else ""
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
         """The ids of each text, control tokens recognised, nothing added; uses all cores."""
         plain = [text for text in texts if _AS_TEXT not in text]
         if self._fast:
             encoded = iter(self._fast.encode(plain))
         else:
-            encoded = (found.ids for found in self._backend.encode_batch_fast(plain, add_special_tokens=False))
+            found = self._backend.encode_batch_fast(plain, add_special_tokens=False)
+            encoded = (array("i", one.ids) for one in found)
         return [self._encode_kept(text) if _AS_TEXT in text else next(encoded) for text in texts]
 
     def use_fast(self) -> bool:
@@ -73,17 +79,20 @@ class PromptTokenizer:
         """The text of each list of ids, control tokens included."""
         return list(self._backend.decode_batch([list(ids) for ids in batch], skip_special_tokens=False))
 
-    def gives_back(self, batch: Sequence[Sequence[int]], texts: Sequence[str]) -> list[bool]:
-        """Whether each list of ids decodes to its text; a quarter of the time of `decode` where tokens are bytes."""
+    def gives_back(self, batch: Sequence[TokenIds], texts: Sequence[str]) -> list[bool]:
+        """Whether each list of ids decodes to its text; a tenth of the time of `decode` where tokens are bytes."""
         if self._bytes is None:
             return [decoded == text for decoded, text in zip(self.decode(batch), texts, strict=True)]
-        piece = self._bytes.__getitem__
-        return [b"".join(map(piece, ids)) == text.encode() for ids, text in zip(batch, texts, strict=True)]
+        pieces = self._bytes.take(pa.array(np.frombuffer(b"".join(batch), np.int32)))
+        _, starts, joined = pieces.buffers()
+        edges = np.frombuffer(starts, np.int64)[np.cumsum([0, *map(len, batch)])]
+        decoded = pa.Array.from_buffers(pa.large_binary(), len(batch), [None, pa.py_buffer(edges), joined])
+        found: list[bool] = pc.equal(decoded, pa.array(texts, pa.large_string()).cast(pa.large_binary())).to_pylist()
+        return found
 
-    def has_control_text(self, texts: Iterable[str]) -> bool:
-        """Whether one of `texts` needs `keep_as_text`: a few scans of all of them together."""
-        joined = "\n".join(texts)
-        return any(token in joined for token in (*self.control_tokens, _AS_TEXT, _AS_MARK))
+    def has_control_text(self, text: str) -> bool:
+        """Whether `text`, or one of those that are joined in it, needs `keep_as_text`."""
+        return any(start in text and any(token in text for token in tokens) for start, tokens in self._by_start.items())
 
     def keep_as_text(self, text: str) -> str:
         """`text` whose control tokens are marked to stay text; `encode` honours the marks, `unmark` lifts them.
@@ -135,7 +144,7 @@ class PromptTokenizer:
         return self.decode(self.encode([probe])) == [probe]
 
     @cached_property
-    def _bytes(self) -> list[bytes] | None:
+    def _bytes(self) -> pa.LargeBinaryArray | None:
         """The bytes of each id, where a text is nothing but those of its tokens (byte-level BPE); else None."""
         if not isinstance(self._backend.decoder, decoders.ByteLevel):
             return None
@@ -143,11 +152,19 @@ class PromptTokenizer:
         found = [b""] * (max(vocabulary.values()) + 1)
         for token, number in vocabulary.items():
             found[number] = _token_bytes(token)
-        return found
+        return pa.array(found, pa.large_binary())
 
     @cached_property
     def _names(self) -> dict[int, str]:
         return {number: token for token, number in self.control_tokens.items()}
+
+    @cached_property
+    def _by_start(self) -> dict[str, list[str]]:
+        """What `has_control_text` looks for by its first two characters: Llama 3 has 256 control tokens."""
+        found: dict[str, list[str]] = {}
+        for token in (*self.control_tokens, _AS_TEXT, _AS_MARK):
+            found.setdefault(token[:2], []).append(token)
+        return found
 
     @cached_property
     def _by_length(self) -> list[tuple[str, int]]:
@@ -170,10 +187,10 @@ class PromptTokenizer:
             facts["model"]["unk_token"] = names[facts["model"]["unk_token"]]
         return Tokenizer.from_str(json.dumps(facts))
 
-    def _encode_kept(self, text: str) -> list[int]:
+    def _encode_kept(self, text: str) -> TokenIds:
         for token, number in self._by_length:
             text = text.replace(token, f"{_AS_MARK}{number}{_AS_MARK}")
-        return self._renamed.encode(self.unmark(text), add_special_tokens=False).ids
+        return array("i", self._renamed.encode(self.unmark(text), add_special_tokens=False).ids)
 
 
 def _byte_characters() -> dict[str, int]:

@@ -109,7 +109,9 @@ def test_dataprep_killed_at_any_time_leaves_an_old_or_a_new_target_and_reruns_to
         assert job.leftovers() == []
         if codes.count(-signal.SIGKILL) == NUM_KILLS:
             break
-    print(f"{place_name}: {codes.count(-signal.SIGKILL)} of {len(codes)} were killed before their end; left: {outcomes}")
+    print(
+        f"{place_name}: {codes.count(-signal.SIGKILL)} of {len(codes)} were killed before their end; left: {outcomes}"
+    )
     assert codes.count(-signal.SIGKILL) == NUM_KILLS
 
 

@@ -46,7 +46,7 @@ def _contexts(contexts: Sequence[str]) -> list[str]:
     return [f"contexts  {text}" if not number else f"          {text}" for number, text in enumerate(contexts)]
 
 
-def _ends(ids: list[int]) -> str:
+def _ends(ids: Sequence[int]) -> str:
     return f"{' '.join(map(str, ids[:3]))} ... {' '.join(map(str, ids[-3:]))}"
 
 

@@ -147,7 +147,7 @@ def test_i1_ids_before_the_first_label_are_those_of_the_prompt_alone(
 ) -> None:
     one = case(tokenizer, form, prompt)
     example = one.example(row)
-    assert example.input_ids[: example.trained[0][0]] == one.ids_of(one.prompt_text(row))
+    assert example.input_ids[: example.trained[0][0]].tolist() == one.ids_of(one.prompt_text(row))
 
 
 @pytest.mark.parametrize(("tokenizer", "form"), LOSSLESS)
@@ -165,8 +165,8 @@ def test_i2_decoding_gives_the_rendered_text_with_one_bos(tokenizer: str, form: 
     if form == "chat_template":  # whether there is one is the template's business
         return
     has_bos = tokenizer == "sentencepiece" or form == "llama2"
-    assert (example.input_ids[:1] == [bos]) is has_bos
-    assert example.input_ids[1:2] != [bos]
+    assert (example.input_ids[:1].tolist() == [bos]) is has_bos
+    assert example.input_ids[1:2].tolist() != [bos]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -235,7 +235,7 @@ def test_i1_with_control_text_compares_under_the_same_rule(row: Row) -> None:
     as_text.encode_special_tokens = True  # the library's own way to keep them as text
     user = as_text.encode("user\n" + text[len(opening) : -len(closing)], add_special_tokens=False).ids
     expected = [*one.ids_of("<|im_start|>"), *user, *one.ids_of(closing)]
-    assert example.input_ids[: example.num_prompt_tokens] == expected
+    assert example.input_ids[: example.num_prompt_tokens].tolist() == expected
 
 
 def test_control_texts_around_the_number_of_another_stay_what_they_are() -> None:
@@ -264,7 +264,7 @@ def test_prompt_that_would_merge_with_the_response_keeps_its_own_ids() -> None:
     example = one.example(row)
     prompt = one.ids_of("a\nAnsw")
     assert one.ids_of("a\nAnswer: b<|im_end|>")[: len(prompt)] != prompt
-    assert example.input_ids[: example.num_prompt_tokens] == prompt
+    assert example.input_ids[: example.num_prompt_tokens].tolist() == prompt
     assert one.text_of(example.input_ids[example.num_prompt_tokens :]) == "er: b<|im_end|>"
 
 

@@ -9,12 +9,15 @@
 How prompt and response are joined is in `join.py`.
 """
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 from llm.chat_template import ChatTemplateFormat, TemplateRefusal, answer_places, split_system
 from llm.errors import ConfigError, DataError, did_you_mean
+from llm.fast_tokenizer import TokenIds
 from llm.prompt import Message, Prompt
 from llm.prompt_format import PromptFormat, Segment, TrainOn
 from llm.tokenizer import PromptTokenizer
@@ -53,13 +56,13 @@ class Example:
     """The tokens of one row.
 
     text      = "Q: 1+1? A: 2</s>"
-    input_ids = [48, 25, 220, 16, 30, 362, 25, 220, 17, 2]
+    input_ids = [48, 25, 220, 16, 30, 362, 25, 220, 17, 2]      array of type i, 4 bytes each
     trained   = ((7, 10),)                  half-open ranges of ids that become labels; the last id is the stop token
     """
 
     row: int
     text: str
-    input_ids: list[int]
+    input_ids: TokenIds
     trained: tuple[tuple[int, int], ...]
     num_cut_contexts: int = 0
     num_cut_characters: int = 0
@@ -139,8 +142,8 @@ class Encoder:
 
     def _are_plain(self, rows: Sequence[Row]) -> bool:
         """Whether no row holds control-token text or a lone surrogate: then nothing need be kept as text."""
-        texts = [_all_text(row) for row in rows]
-        return not self.tokenizer.has_control_text(texts) and not _has_lone_surrogate("\n".join(texts))
+        joined = "\n".join(chain.from_iterable(map(_texts_of, rows)))
+        return not self.tokenizer.has_control_text(joined) and not _has_lone_surrogate(joined)
 
     def _why_unusable(self, row: Row, *, is_plain: bool) -> DropReason | None:
         """What can be told without tokens."""
@@ -232,7 +235,7 @@ class Encoder:
     def _example(self, row: Row, pairs: Sequence[Pair], joined: Sequence[JoinedIds], *, is_plain: bool) -> Outcome:
         if not pairs and row.chat is not None:
             return Dropped(row=row.number, reason="refused_by_template")
-        input_ids: list[int] = []
+        input_ids = array("i")
         trained = []
         for prompt, response in joined:
             if response is None:
@@ -296,8 +299,14 @@ def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _all_text(row: Row) -> str:
-    turns = (text for turn in row.turns for text in (turn.input, turn.response or "", *turn.contexts))
-    return "\n".join((row.system, *turns, *_strings(row.chat)))
+    return "\n".join(_texts_of(row))
+
+
+def _texts_of(row: Row) -> list[str]:
+    found = [row.system]
+    for turn in row.turns:
+        found += (turn.input, turn.response or "", *turn.contexts)
+    return found if row.chat is None else [*found, *_strings(row.chat)]
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -9,11 +9,14 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from llm.fast_tokenizer import TokenIds
 from llm.prompt_format import Segment, last_control_token
 from llm.tokenizer import PromptTokenizer
 
 Pair = tuple[Segment, Segment]  # a prompt and its response
-JoinedIds = tuple[list[int], list[int] | None]  # the ids of a prompt and of its response, None where no join is exact
+_NEAR_CHARACTERS = 256  # from the end of a prompt, where its last control token mostly is
+
+JoinedIds = tuple[TokenIds, TokenIds | None]  # the ids of a prompt and of its response, None where no join is exact
 
 
 class _Joint(NamedTuple):
@@ -51,8 +54,13 @@ def _joints(pairs: Sequence[Pair], tokenizer: PromptTokenizer, stop: str) -> lis
 
 def _last_cut(text: str, tokenizer: PromptTokenizer) -> int:
     """Where the last control token of `text` begins: what stands before is tokenized as if it ended there."""
-    token = last_control_token(text, tokenizer.cut_tokens)
-    return text.rfind(token) if token else 0
+    near, place = max(0, len(text) - _NEAR_CHARACTERS), 0
+    for start in (near, 0) if near else (0,):
+        token = last_control_token(text[start:], tokenizer.cut_tokens)
+        place = text.rfind(token) if token else 0
+        if place >= start + tokenizer.most_cut_characters:  # none that begins before `start` can end behind it
+            break
+    return place
 
 
 def _join_all(joints: Sequence[_Joint], tokenizer: PromptTokenizer) -> list[JoinedIds]:
@@ -78,7 +86,7 @@ def _common_start(heads: Sequence[str], tokenizer: PromptTokenizer) -> str:
     return common[: _last_cut(common, tokenizer)]
 
 
-def _anchored(joint: _Joint, tail: list[int], whole: list[int], tokenizer: PromptTokenizer) -> list[int] | None:
+def _anchored(joint: _Joint, tail: TokenIds, whole: TokenIds, tokenizer: PromptTokenizer) -> TokenIds | None:
     text = tokenizer.decode([whole])[0]
     for anchor in (joint.tail[-1:], "\n", "]", ""):
         behind, both = tokenizer.encode([anchor, anchor + joint.response])

@@ -312,6 +312,8 @@ def _row(number: int, values: dict[ColumnName, Any], source: Source) -> Row:
     for ours in ("input", "response"):
         if values[ours] is None:
             raise DataError(null_text(where, source.columns[ours]))
+    if not tools:
+        return Row(number=number, turns=(Message(values["input"], values["response"], tuple(contexts)),), system=system)
     messages = [{"role": "user", "content": values["input"]}, {"role": "assistant", "content": values["response"]}]
     return _conversation(number, {"messages": messages, "tools": tools}, system, tuple(contexts))
 
