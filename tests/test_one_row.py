@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,12 @@ def test_one_row_through_every_stage_has_the_written_values(config: DataPrepConf
     # Stage 3
     assert [encoder.tokenizer.decode([[number]])[0] for number in PROMPT_IDS + TRAINED_IDS] == PIECES
     assert encoder.encode([row]) == [
-        Example(row=0, text=PROMPT_TEXT + TRAINED_TEXT, input_ids=PROMPT_IDS + TRAINED_IDS, trained=((28, 30),))
+        Example(
+            row=0,
+            text=PROMPT_TEXT + TRAINED_TEXT,
+            input_ids=array("i", PROMPT_IDS + TRAINED_IDS),
+            trained=((28, 30),),
+        )
     ]
     examples = encode_rows(rows, encoder, tmp_path)
     assert examples.lengths.tolist() == [30]

@@ -145,7 +145,7 @@ def test_stopped_run_goes_on_from_its_whole_batches(
         patch.setattr(Encoder, "encode", stops)
         run()
     assert run().startswith("The tokens of 2,000 rows are used again, 500 were not there")
-    assert encoded == [0, 1000, 2000]
+    assert sorted(encoded) == [0, 1000, 2000]
     continued = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for path in cache_folder("rows").glob("*/*"):
         path.unlink()

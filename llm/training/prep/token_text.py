@@ -64,7 +64,7 @@ def _next_text(known: list[int], rest: list[int], tokenizer: PromptTokenizer) ->
         if text == before and _BROKEN not in text:  # nothing, and not for want of bytes: SentencePiece's dummy space
             return 1, ""
         # U+FFFD may stand in the data. Its ids are at the end: SentencePiece puts a dummy space before a text.
-        if new and (_BROKEN not in new or tokenizer.encode([new])[0][-size:] == rest[:size]):
+        if new and (_BROKEN not in new or tokenizer.encode([new])[0][-size:].tolist() == rest[:size]):
             return size, new
     alone = tokenizer.decode([rest[:1]])[0]
     return 1, alone if _BROKEN not in alone else ""
