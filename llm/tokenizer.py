@@ -80,7 +80,7 @@ class PromptTokenizer:
         return list(self._backend.decode_batch([list(ids) for ids in batch], skip_special_tokens=False))
 
     def gives_back(self, batch: Sequence[TokenIds], texts: Sequence[str]) -> list[bool]:
-        """Whether each list of ids decodes to its text; a tenth of the time of `decode` where tokens are bytes."""
+        """Whether each list of ids decodes to its text; several times faster than `decode` where tokens are bytes."""
         if self._bytes is None:
             return [decoded == text for decoded, text in zip(self.decode(batch), texts, strict=True)]
         pieces = self._bytes.take(pa.array(np.frombuffer(b"".join(batch), np.int32)))

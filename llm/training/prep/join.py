@@ -47,15 +47,15 @@ def _joints(pairs: Sequence[Pair], tokenizer: PromptTokenizer, stop: str) -> lis
     for prompt, response in pairs:
         lead = stop if joints else ""
         opening = lead + prompt.text
-        cut = _last_cut(opening, tokenizer)
+        cut = last_cut(opening, tokenizer)
         joints.append(_Joint(lead, opening[:cut], opening[cut:], response.text))
     return joints
 
 
-def _last_cut(text: str, tokenizer: PromptTokenizer) -> int:
+def last_cut(text: str, tokenizer: PromptTokenizer) -> int:
     """Where the last control token of `text` begins: what stands before is tokenized as if it ended there."""
     near, place = max(0, len(text) - _NEAR_CHARACTERS), 0
-    for start in (near, 0) if near else (0,):
+    for start in (near, 0):
         token = last_control_token(text[start:], tokenizer.cut_tokens)
         place = text.rfind(token) if token else 0
         if place >= start + tokenizer.most_cut_characters:  # none that begins before `start` can end behind it
@@ -83,7 +83,7 @@ def _join_all(joints: Sequence[_Joint], tokenizer: PromptTokenizer) -> list[Join
 def _common_start(heads: Sequence[str], tokenizer: PromptTokenizer) -> str:
     """What all `heads` begin with, up to a control token that is in all of them."""
     common = os.path.commonprefix([min(heads), max(heads)]) if len(heads) > 1 else ""
-    return common[: _last_cut(common, tokenizer)]
+    return common[: last_cut(common, tokenizer)]
 
 
 def _anchored(joint: _Joint, tail: TokenIds, whole: TokenIds, tokenizer: PromptTokenizer) -> TokenIds | None:

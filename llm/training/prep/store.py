@@ -193,7 +193,7 @@ def _lists(values: Sequence[TokenIds]) -> pa.ListArray:
 
 
 def _facts(row: Row) -> list[object]:
-    """All that a row says, in plain types."""
+    """All that a row says, in plain types: `marshal` writes equal ones alike, as long as it is version 2 or older."""
     return [row.number, row.system, row.chat, [[t.input, t.response, *t.contexts, t.is_trained] for t in row.turns]]
 
 
