@@ -150,7 +150,7 @@ def violations(row: Row, example: Example, encoder: Encoder, bare: PreTrainedTok
     turns = row.answered(encoder.train_on)
     segments = encoder.prompt.segments(turns, encoder.prompt_format)
     texts = [text for turn in turns for text in (*turn.contexts, turn.input, turn.response or "")]
-    ids, (start, _) = example.input_ids, example.trained[0]
+    ids, (start, _) = example.input_ids.tolist(), example.trained[0]
     controls = encoder.tokenizer.control_tokens
     has_control_text = any(token in text for token in controls for text in texts)
     if has_control_text != example.has_control_text or num_controls(ids, encoder) != num_marks(row, encoder):
