@@ -1,7 +1,7 @@
 """Bin packing over lengths, for stage 4: into as few blocks as we know how."""
 
 from bisect import bisect_left, bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +29,7 @@ def _best_fit_decreasing(lengths: Ints, chunksize: int) -> Ints:
     that the fullest one which fits is the lowest set bit from `length` up: O(chunksize / 64) a row.
     """
     block_of = np.empty(len(lengths), dtype=np.int64)
-    open_blocks: list[list[int]] = [[] for _ in range(chunksize + 1)]
+    open_blocks: defaultdict[int, list[int]] = defaultdict(list)
     spaces, num_blocks = 0, 0
     for example in np.argsort(-lengths, kind="stable"):
         length = int(lengths[example])

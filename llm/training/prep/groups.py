@@ -4,6 +4,7 @@ From the leaves up: what goes on from a node is one group with it when all of it
 possible, each with the node. A group takes part in the packing one level higher, and at last in that of the blocks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,16 +57,23 @@ def group_examples(lengths: Ints, forest: Forest | None, chunksize: int) -> Item
     ends = np.append(forest.node_ends, 0)  # of node -1, too
     level = _Level(lengths - ends[forest.leaf_parents], forest.leaf_parents)
     groups: list[Ints] = []
-    for node in range(len(forest.node_ends) - 1, -1, -1):
-        parent, room = forest.node_parents[node], chunksize - int(ends[node])
+    depths, parents = ends.tolist(), forest.node_parents.tolist()  # plain numbers: there are as many nodes as rows
+    for node in range(len(parents) - 1, -1, -1):
         numbers, sizes, firsts = level.below(node)
-        block_of = fewest_blocks(sizes, room) if sizes.sum() > room else np.zeros(len(sizes), dtype=np.int64)
-        bounds = np.cumsum(np.bincount(block_of))[:-1]
-        for inside in np.split(np.argsort(block_of, kind="stable"), bounds):
-            level.add(parent, int(ends[node] - ends[parent] + sizes[inside].sum()), int(firsts[inside].min()))
+        for inside in _fitting(sizes, chunksize - depths[node]):
+            size = depths[node] - depths[parents[node]] + int(sizes[inside].sum())
+            level.add(parents[node], size, int(firsts[inside][0]))
             groups.append(numbers[inside])
     numbers, sizes, firsts = level.below(-1)
     return Items(numbers=numbers, sizes=sizes, firsts=firsts, groups=groups, num_examples=len(lengths))
+
+
+def _fitting(sizes: Ints, room: int) -> Sequence[Ints | slice]:
+    """Which of `sizes` go together, in their order: all of them where they fit into `room`."""
+    if sizes.sum() <= room:
+        return [slice(None)]
+    block_of = fewest_blocks(sizes, room)
+    return np.split(np.argsort(block_of, kind="stable"), np.cumsum(np.bincount(block_of))[:-1])
 
 
 class _Level:
@@ -80,7 +88,7 @@ class _Level:
 
     def add(self, node: int, size: int, first: int) -> None:
         """One more group below `node`."""
-        self._groups.setdefault(int(node), []).append((self._next, size, first))
+        self._groups.setdefault(node, []).append((self._next, size, first))
         self._next += 1
 
     def below(self, node: int) -> tuple[Ints, Ints, Ints]:
