@@ -57,7 +57,7 @@ def group_examples(lengths: Ints, forest: Forest | None, chunksize: int) -> Item
     ends = np.append(forest.node_ends, 0)  # of node -1, too
     level = _Level(lengths - ends[forest.leaf_parents], forest.leaf_parents)
     groups: list[Ints] = []
-    depths, parents = ends.tolist(), forest.node_parents.tolist()  # plain numbers: there are as many nodes as rows
+    depths, parents = ends.tolist(), forest.node_parents.tolist()  # plain numbers: a node may come with every other row
     for node in range(len(parents) - 1, -1, -1):
         numbers, sizes, firsts = level.below(node)
         for inside in _fitting(sizes, chunksize - depths[node]):

@@ -201,6 +201,7 @@ def _entry(row: Row, outcome: Outcome) -> tuple[object, ...]:
     """The values of the ledger's columns, in their order."""
     if isinstance(outcome, Dropped):
         return (outcome.row, "dropped", outcome.reason, outcome.num_tokens or None, *[None] * 7)
+    contexts = row.contexts
     return (
         outcome.row,
         "cut" if outcome.is_cut else "kept",
@@ -212,5 +213,5 @@ def _entry(row: Row, outcome: Outcome) -> tuple[object, ...]:
         outcome.num_cut_characters,
         outcome.num_cut_tokens,
         outcome.has_control_text,
-        sum(map(len, row.contexts[: len(row.contexts) - outcome.num_cut_contexts])),
+        sum(map(len, contexts[: len(contexts) - outcome.num_cut_contexts])),
     )
