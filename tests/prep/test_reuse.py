@@ -69,6 +69,13 @@ def test_only_batches_whose_rows_changed_are_tokenized_anew(run: Callable[..., s
     assert encoded[3:] == [1000]
 
 
+def test_batches_whose_rows_have_other_numbers_are_tokenized_anew(run: Callable[..., str], encoded: list[int]) -> None:
+    rows = some_rows(NUM_ROWS)
+    run(rows)
+    run(rows[1000:])
+    assert sorted(encoded[3:]) == [0, 1000]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
