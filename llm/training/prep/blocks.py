@@ -5,6 +5,7 @@ Works on whole batches as NumPy arrays: no token passes through Python.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import DataPrepConfig
-from llm.training.prep.arrays import Ints, flatten_lists, make_lists
+from llm.training.prep.arrays import Ints, make_lists
 from llm.training.prep.nodes import Nodes, shared_nodes, single_nodes
 from llm.training.prep.overlap import two_at_a_time
 from llm.training.prep.pack import Packing
@@ -21,6 +22,7 @@ Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 
 _TOKENS_AT_ONCE = 2**18  # of a batch of blocks, of which up to four are in memory, 40 bytes a token
 _TOKENS = pa.list_(pa.int32())
+_NONE = np.empty(0, dtype=np.int32)
 BLOCK_SCHEMA = pa.schema(
     [
         ("input_ids", _TOKENS),
@@ -82,117 +84,137 @@ def iterate_blocks(
     is told by `decode`, without which all of it is repeated.
     """
 
-    chunks = examples.to_batches()
+    columns = _Columns(examples)
     places = np.arange(examples.num_rows) if places is None else places
     num_blocks = max(1, _TOKENS_AT_ONCE * packing.num_blocks // max(1, packing.num_tokens))
 
     def batch(first: int) -> pa.RecordBatch:
         starts = packing.block_starts[first : first + num_blocks + 1]
-        members = _taken(chunks, places[packing.examples[starts[0] : starts[-1]]])
-        return _batch(members, *_structure(members, packing, starts, decode), padding, np.diff(starts))
+        members = packing.examples[starts[0] : starts[-1]]
+        rows, num_examples = places[members], np.diff(starts)
+        lengths = columns.input_ids.lengths[rows]
+        if packing.forest is None:
+            nodes = single_nodes(lengths, num_examples)
+        else:
+            nodes = shared_nodes(packing.forest, members, lengths, num_examples)
+        return _batch(columns, rows, nodes, padding, num_examples, decode)
 
     for _, made in two_at_a_time(batch, range(0, packing.num_blocks, num_blocks)):
         yield made
 
 
-def _taken(chunks: Sequence[pa.RecordBatch], numbers: Ints) -> pa.Table:
-    """The rows `numbers` of all chunks, in one chunk.
+class _Lists:
+    """A column of lists or texts (their bytes), chunk by chunk as it lies in the memory map."""
 
-    `Table.take` copies all chunks first, each time: 1.1 GB where there are 200,000 rows.
-    """
-    order = np.argsort(numbers)
-    firsts = np.cumsum([0, *map(len, chunks)])
-    bounds = np.searchsorted(numbers[order], firsts).tolist()
-    parts = []
-    for chunk, first, start, end in zip(chunks, firsts[:-1], bounds[:-1], bounds[1:], strict=True):
-        if start < end:
-            parts.append(chunk.take(pa.array(numbers[order[start:end]] - first)))
-    return pa.Table.from_batches(parts).combine_chunks().take(pa.array(np.argsort(order)))
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        chunks = [_bytes_of(chunk) if pa.types.is_string(column.type) else chunk for chunk in column.chunks]
+        self._values = [chunk.values.to_numpy() for chunk in chunks]
+        offsets = [chunk.offsets.to_numpy() for chunk in chunks]
+        self._starts = np.concatenate([_NONE, *(one[:-1] for one in offsets)])
+        self.lengths = np.concatenate([_NONE, *map(np.diff, offsets)])
+        self._first_rows = np.cumsum([0, *map(len, chunks)])
+
+    def of(self, rows: Ints, skipped: Ints | int = 0) -> list[npt.NDArray[Any]]:
+        """The values of each of `rows`, but for the first that are `skipped`: pieces of the memory map."""
+        chunks = np.searchsorted(self._first_rows, rows, side="right") - 1
+        starts = self._starts[rows]
+        places = zip(chunks.tolist(), (starts + skipped).tolist(), (starts + self.lengths[rows]).tolist(), strict=True)
+        return [self._values[chunk][start:end] for chunk, start, end in places]
 
 
-def _structure(members: pa.Table, packing: Packing, starts: Ints, decode: Decode | None) -> tuple[Nodes, list[str]]:
-    """The nodes of the blocks (see `Packing.block_starts`), and the text that each of `members` adds to its block."""
-    texts: list[str] = members["text"].to_pylist()
-    lengths = members["input_ids"].combine_chunks().value_lengths().to_numpy().astype(np.int64)
-    if packing.forest is None:
-        return single_nodes(lengths, np.diff(starts)), texts
-    nodes = shared_nodes(packing.forest, packing.examples[starts[0] : starts[-1]], lengths, np.diff(starts))
-    return nodes, _remaining_texts(members, nodes, decode) if decode else texts
+class _Columns:
+    """What blocks are made of."""
+
+    def __init__(self, examples: pa.Table) -> None:
+        self.rows = examples["row"].to_numpy()
+        self.input_ids, self.trained, self.texts = (_Lists(examples[name]) for name in ("input_ids", "trained", "text"))
+
+
+def _bytes_of(texts: pa.StringArray) -> pa.ListArray:
+    """The same array as lists of bytes."""
+    _, offsets, data = texts.buffers()
+    values = pa.Array.from_buffers(pa.uint8(), data.size if data else 0, [None, data])
+    kind = pa.list_(pa.uint8())
+    return pa.Array.from_buffers(kind, len(texts), [None, offsets], offset=texts.offset, children=[values])
 
 
 def _batch(
-    members: pa.Table, nodes: Nodes, texts: Sequence[str], padding: Padding, num_examples: Ints
+    columns: _Columns, rows: Ints, nodes: Nodes, padding: Padding, num_examples: Ints, decode: Decode | None
 ) -> pa.RecordBatch:
-    """Blocks of `members`, `num_examples` in each."""
-    lists = members["input_ids"].combine_chunks()
-    num_written = lists.value_lengths().to_numpy() - nodes.num_skipped
-    firsts = np.cumsum(num_written) - num_written  # of what is written of each example
-    within = np.arange(num_written.sum()) - np.repeat(firsts, num_written)
-    position_ids = within + np.repeat(nodes.num_skipped, num_written)
-    places = position_ids + np.repeat(lists.offsets.to_numpy()[:-1], num_written)
-    ids = lists.values.to_numpy()[places].astype(np.int64)
-    spans, num_spans = flatten_lists(members["trained"])
-    is_trained = _is_trained(spans, num_spans, firsts - nodes.num_skipped, len(ids))
-    labels = np.where(is_trained, ids, padding.ignore_index)
-    starts = np.concatenate([[0], np.cumsum(num_examples)])
-    place = _Place(np.add.reduceat(num_written, starts[:-1]), padding.length)
-    columns = [
+    """Blocks of the examples `rows`, `num_examples` in each."""
+    num_written = columns.input_ids.lengths[rows] - nodes.num_skipped
+    ids = np.concatenate(columns.input_ids.of(rows, nodes.num_skipped))
+    origins = np.cumsum(num_written) - num_written - nodes.num_skipped  # where each example would begin
+    is_trained = _is_trained(columns.trained.of(rows), origins, len(ids))
+    texts = columns.texts.of(rows, _num_skipped_bytes(columns, rows, nodes, decode) if decode else 0)
+    firsts = np.cumsum(num_examples) - num_examples
+    place = _Place(np.add.reduceat(num_written, firsts), padding.length)
+    made = [
         place.lists(ids, padding.token_id, pa.int32()),
         place.lists(np.ones_like(ids), 0, pa.int8()),
-        place.lists(labels, padding.ignore_index, pa.int32()),
-        place.lists(position_ids, 0, pa.int32()),
+        place.lists(np.where(is_trained, ids, np.int32(padding.ignore_index)), padding.ignore_index, pa.int32()),
+        place.lists(np.arange(len(ids)) - np.repeat(origins, num_written), 0, pa.int32()),
         make_lists(nodes.lengths, nodes.num_nodes, pa.int32()),
         make_lists(nodes.parents, nodes.num_nodes, pa.int32()),
-        pa.array(_joined(texts, starts), pa.string()),
-        make_lists(members["row"].to_numpy(), num_examples, pa.int64()),
+        _texts(texts, firsts),
+        make_lists(columns.rows[rows], num_examples, pa.int64()),
     ]
-    return pa.record_batch(columns, schema=BLOCK_SCHEMA)
+    return pa.record_batch(made, schema=BLOCK_SCHEMA)
 
 
-def _remaining_texts(members: pa.Table, nodes: Nodes, decode: Decode) -> list[str]:
-    """The text of each member from where its tokens are written on."""
-    texts: list[str] = members["text"].to_pylist()
+def _is_trained(spans: Sequence[Ints], origins: Ints, num_tokens: int) -> npt.NDArray[np.bool_]:
+    edges = np.concatenate(spans) + np.repeat(origins, [len(one) for one in spans])
+    steps = np.zeros(num_tokens + 1, dtype=np.int8)
+    np.add.at(steps, edges[::2], 1)
+    np.add.at(steps, edges[1::2], -1)
+    return np.cumsum(steps[:-1], dtype=np.int8) > 0
+
+
+def _num_skipped_bytes(columns: _Columns, rows: Ints, nodes: Nodes, decode: Decode) -> Ints:
+    """Of each text the bytes before its tokens are written on."""
+    skipped = np.zeros_like(rows)
     going_on = np.flatnonzero(nodes.branches >= 0)
     _, firsts, which = np.unique(nodes.branches[going_on], return_index=True, return_inverse=True)
-    ids = [members["input_ids"][n].as_py()[: nodes.num_skipped[n]] for n in going_on[firsts].tolist()]
-    beginnings = [text.rstrip("\ufffd") for text in decode(ids)]  # the first half of a character that parts there
-    for member, beginning in zip(going_on.tolist(), which.tolist(), strict=True):
-        texts[member] = texts[member][_num_alike(beginnings[beginning], texts[member]) :]
-    return texts
+    sharing = going_on[firsts]
+    ids = zip(columns.input_ids.of(rows[sharing]), nodes.num_skipped[sharing].tolist(), strict=True)
+    beginnings = [text.encode() for text in decode([one[:end].tolist() for one, end in ids])]
+    texts = columns.texts.of(rows[going_on])
+    for member, beginning, text in zip(going_on.tolist(), which.tolist(), texts, strict=True):
+        skipped[member] = _num_alike(beginnings[beginning], text[: len(beginnings[beginning])].tobytes())
+    return skipped
 
 
-def _num_alike(left: str, right: str) -> int:
-    """How many characters two texts have in common from the start."""
-    if right.startswith(left):
+def _num_alike(left: bytes, right: bytes) -> int:
+    """How many bytes of whole characters two texts have in common from the start."""
+    if left == right:
         return len(left)
     low, high = 0, len(left)  # the first `low` are alike, the first `high` are not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if right.startswith(left[:middle]) else (low, middle)
+    while left[low] & 0xC0 == 0x80:  # within a character
+        low -= 1
     return low
 
 
 class _Place:
-    """Where each token of a batch of blocks stands once the blocks are padded."""
+    """Where the tokens of a batch of blocks stand once the blocks are padded to `length` (None: they are not)."""
 
     def __init__(self, block_tokens: Ints, length: int | None) -> None:
         self._sizes = block_tokens if length is None else np.full(len(block_tokens), length)
-        shift = np.cumsum(self._sizes) - self._sizes - (np.cumsum(block_tokens) - block_tokens)
-        self._index = np.arange(block_tokens.sum()) + np.repeat(shift, block_tokens)
+        self._is_token = None if length is None else (np.arange(length) < block_tokens[:, None]).ravel()
 
     def lists(self, values: npt.NDArray[np.integer], fill: int, kind: pa.DataType) -> pa.ListArray:
-        padded = np.full(self._sizes.sum(), fill, dtype=kind.to_pandas_dtype())
-        padded[self._index] = values
+        if self._is_token is None:
+            return make_lists(values, self._sizes, kind)
+        padded = np.full(len(self._is_token), fill, dtype=kind.to_pandas_dtype())
+        padded[self._is_token] = values
         return make_lists(padded, self._sizes, kind)
 
 
-def _is_trained(spans: Ints, num_spans: Ints, example_starts: Ints, num_tokens: int) -> npt.NDArray[np.bool_]:
-    edges = spans + np.repeat(example_starts, num_spans)
-    steps = np.zeros(num_tokens + 1, dtype=np.int64)
-    np.add.at(steps, edges[::2], 1)
-    np.add.at(steps, edges[1::2], -1)
-    return np.cumsum(steps[:-1]) > 0
-
-
-def _joined(texts: Sequence[str], starts: Ints) -> list[str]:
-    return ["".join(texts[start:end]) for start, end in zip(starts[:-1], starts[1:], strict=True)]
+def _texts(pieces: Sequence[npt.NDArray[np.uint8]], firsts: Ints) -> pa.StringArray:
+    """The text of each block from those of its examples, of which `firsts` are the first ones."""
+    sizes = np.add.reduceat([len(piece) for piece in pieces], firsts)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    data = np.concatenate(pieces)
+    return pa.Array.from_buffers(pa.string(), len(sizes), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
