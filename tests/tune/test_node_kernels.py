@@ -30,7 +30,7 @@ from llm.training.tune.node_kernels import (
     flex_mask,
     trusted_kernel,
 )
-from llm.training.tune.node_sdpa import ScoreRule, attend_nodes
+from llm.training.tune.node_sdpa import ScoreRule, _whole_mask, attend_nodes
 from llm.training.tune.nodes import node_paths, node_positions, subtree_ranges
 
 Nodes = tuple[list[int], list[int]]
@@ -89,14 +89,28 @@ def results(attend: Any, states: list[Tensor], *args: Any, **kwargs: Any) -> lis
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @settings(max_examples=25, deadline=None)
 @given(nodes=forests())
-def test_attend_nodes_of_any_forest_equals_the_textbook_with_gradients(rule: ScoreRule, nodes: Nodes) -> None:
+def test_attend_nodes_of_any_forest_equals_the_textbook_with_gradients(
+    dtype: torch.dtype, tolerance: float, rule: ScoreRule, nodes: Nodes
+) -> None:
     lengths, parents = nodes
-    states = random_states(sum(lengths))
+    states = random_states(sum(lengths), dtype)
     ours = results(attend_nodes, states, node_lengths=lengths, node_parents=parents, rule=rule)
     for found, expected in zip(ours, results(textbook, states, nodes, rule), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_every_layer_and_children_of_like_lengths_have_one_mask() -> None:
+    _whole_mask.cache_clear()
+    states = [tensor.requires_grad_() for tensor in random_states(90, torch.bfloat16)]
+    nodes: dict[str, Any] = {"node_lengths": [50, 17, 23], "node_parents": [-1, 0, 0], "rule": ScoreRule()}
+    with torch.inference_mode():  # an evaluation before: what it made serves training, too
+        attend_nodes(*states, **nodes)
+    for _ in range(3):
+        attend_nodes(*states, **nodes).sum().backward()
+    assert _whole_mask.cache_info().misses == 1
 
 
 def test_kernel_for_every_device_dtype_rule_and_structure() -> None:
