@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def main() -> None:
 def ours(job: Job) -> Any:
     """What `finetune` trains with, on the blocks that `dataprep` packed."""
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import_module("llm.training.finetune")  # before PyTorch, which it sets up
     from datasets import load_from_disk
     from transformers import set_seed
 

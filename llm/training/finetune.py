@@ -3,6 +3,7 @@
 python llm/training/finetune.py config.yaml
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,10 @@ if __name__ == "__main__":  # ahead of the imports below, which take seconds: a 
     from llm.cli import finetune as command
 
     typer.run(command)
+
+# Before PyTorch is imported, which then asks for pages of 2 MB, not of 4 kB, for large tensors on the CPU (Linux,
+# pytorch/pytorch#107697): 5 to 9 % of a step's processor time, and 0.5 GB of 5 less.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from transformers import set_seed
 

@@ -265,3 +265,23 @@ def test_two_ranks_end_with_the_weights_of_one(tmp_path: Path, base_model: Path)
     assert result.stderr.count("step 4/4  loss") == 1
     found = exported_weights(tmp_path)
     assert max(float((found[name] - weights[name]).abs().max()) for name in weights) < 1e-6
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="this machine gives no large pages")
+def test_large_tensors_lie_in_large_pages(tmp_path: Path) -> None:
+    config = tmp_path / "finetune.yaml"
+    config.write_text("base_model: x\ntrain_dataset_config: y\nlocal_output: z\ntraining_arguments: {max_steps: 1}\n")
+    code = f"""
+from llm.training.config import FinetuneConfig
+from llm.training.config_file import load_config
+load_config({str(config)!r}, FinetuneConfig)
+import llm.training.finetune, torch
+kept = torch.ones(1 << 26)
+print(open("/proc/self/smaps_rollup").read())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("AnonHugePages:")]
+    assert int(line.split()[1]) > 200_000  # kB of 262,144
