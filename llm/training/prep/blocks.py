@@ -90,14 +90,7 @@ def iterate_blocks(
 
     def batch(first: int) -> pa.RecordBatch:
         starts = packing.block_starts[first : first + num_blocks + 1]
-        members = packing.examples[starts[0] : starts[-1]]
-        rows, num_examples = places[members], np.diff(starts)
-        lengths = columns.input_ids.lengths[rows]
-        if packing.forest is None:
-            nodes = single_nodes(lengths, num_examples)
-        else:
-            nodes = shared_nodes(packing.forest, members, lengths, num_examples)
-        return _batch(columns, rows, nodes, padding, num_examples, decode)
+        return _batch(columns, packing, places, starts=starts, padding=padding, decode=decode)
 
     for _, made in two_at_a_time(batch, range(0, packing.num_blocks, num_blocks)):
         yield made
@@ -139,10 +132,17 @@ def _bytes_of(texts: pa.StringArray) -> pa.ListArray:
 
 
 def _batch(
-    columns: _Columns, rows: Ints, nodes: Nodes, padding: Padding, num_examples: Ints, decode: Decode | None
+    columns: _Columns, packing: Packing, places: Ints, *, starts: Ints, padding: Padding, decode: Decode | None
 ) -> pa.RecordBatch:
-    """Blocks of the examples `rows`, `num_examples` in each."""
-    num_written = columns.input_ids.lengths[rows] - nodes.num_skipped
+    """The blocks between `starts` (see `Packing.block_starts`)."""
+    members, num_examples = packing.examples[starts[0] : starts[-1]], np.diff(starts)
+    rows = places[members]
+    lengths = columns.input_ids.lengths[rows]
+    if packing.forest is None:
+        nodes = single_nodes(lengths, num_examples)
+    else:
+        nodes = shared_nodes(packing.forest, members, lengths, num_examples)
+    num_written = lengths - nodes.num_skipped
     ids = np.concatenate(columns.input_ids.of(rows, nodes.num_skipped))
     origins = np.cumsum(num_written) - num_written - nodes.num_skipped  # where each example would begin
     is_trained = _is_trained(columns.trained.of(rows), origins, len(ids))
