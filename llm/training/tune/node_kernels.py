@@ -13,7 +13,8 @@ On the CPU nothing exact was found that is much faster in float32 (2 cores, torc
 backward): a prompt of 1,147 tokens before 10 examples of 290 costs 3.5 to 4 times the attention of the same number of
 tokens that share nothing, but since each token sees so much more, not for want of a kernel. The prompt unmasked for all
 children at once and the rest apart take 0.94 of the time before they are merged, plain products and softmax 1.2; of a
-whole training step 0.97 and 1.10. In bfloat16 plain products take 0.6, with 2 to 6 times the rounding error.
+whole training step 0.97 and 1.10. In bfloat16 the heads that share keys are folded, which takes 0.8; plain products
+would take half, with 2 to 6 times the rounding error.
 `benchmarks/attention.py` has them all.
 """
 
