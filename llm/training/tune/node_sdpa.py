@@ -119,7 +119,8 @@ def _path_mask(query: Tensor, num_path: int, window: int | None, times: int = 1)
     num_own = query.shape[2]
     num_rows = 1 << (num_own - 1).bit_length()  # of few sizes, of which each child of a node takes a part
     mask = _whole_mask(num_rows, num_path - num_own, window, times, query.dtype, query.device)
-    return mask[: num_own * times, :num_path]
+    part = mask[: num_own * times, :num_path]
+    return part if query.device.type == "cpu" else part.contiguous()  # kernels of GPUs may want rows that are aligned
 
 
 @lru_cache(maxsize=4)  # every layer asks, and keeps it for its gradient: 9 MB each for 400 tokens after 1,100
