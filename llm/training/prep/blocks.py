@@ -5,7 +5,6 @@ Works on whole batches as NumPy arrays: no token passes through Python.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ import pyarrow as pa
 
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import DataPrepConfig
-from llm.training.prep.arrays import Ints, make_lists
+from llm.training.prep.arrays import Ints, MappedLists, make_lists
 from llm.training.prep.nodes import Nodes, shared_nodes, single_nodes
 from llm.training.prep.overlap import two_at_a_time
 from llm.training.prep.pack import Packing
@@ -22,7 +21,6 @@ Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 
 _TOKENS_AT_ONCE = 2**18  # of a batch of blocks, of which up to four are in memory, 40 bytes a token
 _TOKENS = pa.list_(pa.int32())
-_NONE = np.empty(0, dtype=np.int32)
 BLOCK_SCHEMA = pa.schema(
     [
         ("input_ids", _TOKENS),
@@ -96,39 +94,14 @@ def iterate_blocks(
         yield made
 
 
-class _Lists:
-    """A column of lists or texts (their bytes), chunk by chunk as it lies in the memory map."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        chunks = [_bytes_of(chunk) if pa.types.is_string(column.type) else chunk for chunk in column.chunks]
-        self._values = [chunk.values.to_numpy() for chunk in chunks]
-        offsets = [chunk.offsets.to_numpy() for chunk in chunks]
-        self._starts = np.concatenate([_NONE, *(one[:-1] for one in offsets)])
-        self.lengths = np.concatenate([_NONE, *map(np.diff, offsets)])
-        self._first_rows = np.cumsum([0, *map(len, chunks)])
-
-    def of(self, rows: Ints, skipped: Ints | int = 0) -> list[npt.NDArray[Any]]:
-        """The values of each of `rows`, but for the first that are `skipped`: pieces of the memory map."""
-        chunks = np.searchsorted(self._first_rows, rows, side="right") - 1
-        starts = self._starts[rows]
-        places = zip(chunks.tolist(), (starts + skipped).tolist(), (starts + self.lengths[rows]).tolist(), strict=True)
-        return [self._values[chunk][start:end] for chunk, start, end in places]
-
-
 class _Columns:
     """What blocks are made of."""
 
     def __init__(self, examples: pa.Table) -> None:
         self.rows = examples["row"].to_numpy()
-        self.input_ids, self.trained, self.texts = (_Lists(examples[name]) for name in ("input_ids", "trained", "text"))
-
-
-def _bytes_of(texts: pa.StringArray) -> pa.ListArray:
-    """The same array as lists of bytes."""
-    _, offsets, data = texts.buffers()
-    values = pa.Array.from_buffers(pa.uint8(), data.size if data else 0, [None, data])
-    kind = pa.list_(pa.uint8())
-    return pa.Array.from_buffers(kind, len(texts), [None, offsets], offset=texts.offset, children=[values])
+        self.input_ids, self.trained, self.texts = (
+            MappedLists(examples[name]) for name in ("input_ids", "trained", "text")
+        )
 
 
 def _batch(
