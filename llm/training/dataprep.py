@@ -15,6 +15,7 @@ if __name__ == "__main__":  # ahead of the imports below, which take seconds: a 
 from llm.training.config import DataPrepConfig
 from llm.training.prep.blocks import iterate_blocks, padding
 from llm.training.prep.engine import encode_rows, for_source, open_encoder
+from llm.training.prep.file_pages import pages_given_back
 from llm.training.prep.manifest import Manifest
 from llm.training.prep.pack import choose_packing
 from llm.training.prep.report import make_report
@@ -38,7 +39,7 @@ def prepare(config: DataPrepConfig) -> Manifest:
     encoder = open_encoder(config)
     source = load_rows(config)
     encoder = for_source(encoder, config, source)
-    with all_staged(targets) as stagings:
+    with all_staged(targets) as stagings, pages_given_back():
         examples = encode_rows(source, encoder, stagings[0][0], reuse=reuse_of(config, encoder, targets[0]))
         if config.dedupe:
             examples = drop_duplicates(examples)

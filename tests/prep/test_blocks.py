@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm.training.prep import arrays as arrays_module
 from llm.training.prep import blocks as blocks_module
 from llm.training.prep.blocks import BLOCK_SCHEMA, Padding, iterate_blocks
 from llm.training.prep.pack import pack_examples
@@ -88,10 +89,12 @@ def test_blocks_without_padding_are_as_long_as_their_examples(entries: list[dict
         assert 0 not in block["attention_mask"]
 
 
-def test_blocks_of_two_batches_equal_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_many_batches_equal_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [{"text": "", "input_ids": [n] * (3 + n % 14), "trained": [1, 2]} for n in range(40)]
     whole = blocks_of(entries)
     monkeypatch.setattr(blocks_module, "_TOKENS_AT_ONCE", 50)
+    monkeypatch.setattr(blocks_module, "_BATCHES_READ", 2)
+    monkeypatch.setattr(arrays_module, "_LISTS_AT_ONCE", 3)
     assert blocks_of(entries) == whole
 
 

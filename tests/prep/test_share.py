@@ -220,6 +220,7 @@ def test_small_rounds_chunks_and_batches_give_the_same(entries: list[Entry]) -> 
         patch.setattr(share_module, "_ROWS_AT_ONCE", 2)
         patch.setattr(share_module, "_LEADER_TOKENS", 4)
         patch.setattr(blocks_module, "_TOKENS_AT_ONCE", 50)
+        patch.setattr(blocks_module, "_BATCHES_READ", 2)
         assert blocks_of(entries, packed(entries)) == whole
     found = find_forest(table_of(entries, rows_a_chunk=1)), find_forest(table_of(entries, rows_a_chunk=100))
     assert all(np.array_equal(getattr(found[0], name), getattr(found[1], name)) for name in vars(found[0]))

@@ -75,6 +75,7 @@ def test_blocks_come_back_from_every_writer(method: str, name: str, tmp_path: Pa
     ("method", "name", "kwargs"),
     [
         ("save_to_disk", "out", {"num_shards": 3}),
+        ("save_to_disk", "out", {"num_shards": 3, "num_proc": 2}),
         ("to_parquet", "o.parquet", {"batch_size": 2}),
         ("to_csv", "o.csv", {"sep": ","}),
     ],

@@ -5,6 +5,7 @@ Works on whole batches as NumPy arrays: no token passes through Python.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +13,16 @@ import pyarrow as pa
 
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import DataPrepConfig
-from llm.training.prep.arrays import Ints, MappedLists, make_lists
+from llm.training.prep.arrays import FlatLists, Ints, make_lists
 from llm.training.prep.nodes import Nodes, shared_nodes, single_nodes
 from llm.training.prep.overlap import two_at_a_time
 from llm.training.prep.pack import Packing
+from llm.training.prep.share import Forest
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 
 _TOKENS_AT_ONCE = 2**18  # of a batch of blocks, of which up to four are in memory, 40 bytes a token
+_BATCHES_READ = 4  # together: 10 MB
 _TOKENS = pa.list_(pa.int32())
 BLOCK_SCHEMA = pa.schema(
     [
@@ -82,44 +85,69 @@ def iterate_blocks(
     is told by `decode`, without which all of it is repeated.
     """
 
-    columns = _Columns(examples)
+    def columns_of(batch: _Batch) -> pa.RecordBatch:
+        return _columns_of(batch, packing.forest, padding, decode)
+
     places = np.arange(examples.num_rows) if places is None else places
-    num_blocks = max(1, _TOKENS_AT_ONCE * packing.num_blocks // max(1, packing.num_tokens))
-
-    def batch(first: int) -> pa.RecordBatch:
-        starts = packing.block_starts[first : first + num_blocks + 1]
-        return _batch(columns, packing, places, starts=starts, padding=padding, decode=decode)
-
-    for _, made in two_at_a_time(batch, range(0, packing.num_blocks, num_blocks)):
-        yield made
+    for _, columns in two_at_a_time(columns_of, _batches(_Columns.of(examples), packing, places)):
+        yield columns
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Columns:
-    """What blocks are made of."""
+    """Of each example what blocks are made of."""
 
-    def __init__(self, examples: pa.Table) -> None:
-        self.rows = examples["row"].to_numpy()
-        self.input_ids, self.trained, self.texts = (
-            MappedLists(examples[name]) for name in ("input_ids", "trained", "text")
-        )
+    rows: Ints
+    input_ids: FlatLists
+    trained: FlatLists
+    texts: FlatLists
+
+    @classmethod
+    def of(cls, table: pa.Table) -> Self:
+        ids, trained, texts = (FlatLists.of(table[name]) for name in ("input_ids", "trained", "text"))
+        return cls(rows=table["row"].to_numpy(), input_ids=ids, trained=trained, texts=texts)
+
+    def copied(self, rows: Ints) -> Self:
+        ids, trained, texts = (lists.copied(rows) for lists in (self.input_ids, self.trained, self.texts))
+        return type(self)(rows=self.rows[rows], input_ids=ids, trained=trained, texts=texts)
 
 
-def _batch(
-    columns: _Columns, packing: Packing, places: Ints, *, starts: Ints, padding: Padding, decode: Decode | None
-) -> pa.RecordBatch:
-    """The blocks between `starts` (see `Packing.block_starts`)."""
-    members, num_examples = packing.examples[starts[0] : starts[-1]], np.diff(starts)
-    rows = places[members]
-    lengths = columns.input_ids.lengths[rows]
-    if packing.forest is None:
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Some blocks: `num_examples` of each, their numbers in the packing, and where they are in `columns`."""
+
+    columns: _Columns
+    rows: Ints
+    examples: Ints
+    num_examples: Ints
+
+
+def _batches(columns: _Columns, packing: Packing, places: Ints) -> Iterator[_Batch]:
+    """All blocks; the examples of several batches are read together, in the order of the file."""
+    num_blocks = max(1, _TOKENS_AT_ONCE * packing.num_blocks // max(1, packing.num_tokens))
+    for first in range(0, packing.num_blocks, num_blocks * _BATCHES_READ):
+        starts = packing.block_starts[first : first + num_blocks * _BATCHES_READ + 1]
+        examples = packing.examples[starts[0] : starts[-1]]
+        read, starts = columns.copied(places[examples]), starts - starts[0]
+        for block in range(0, len(starts) - 1, num_blocks):
+            bounds = starts[block : block + num_blocks + 1]
+            rows = np.arange(bounds[0], bounds[-1])
+            yield _Batch(columns=read, rows=rows, examples=examples[rows], num_examples=np.diff(bounds))
+
+
+def _columns_of(batch: _Batch, forest: Forest | None, padding: Padding, decode: Decode | None) -> pa.RecordBatch:
+    """`BLOCK_SCHEMA` of some blocks."""
+    columns, rows, num_examples = batch.columns, batch.rows, batch.num_examples
+    lengths = columns.input_ids.lengths[rows].astype(np.int64)
+    if forest is None:
         nodes = single_nodes(lengths, num_examples)
     else:
-        nodes = shared_nodes(packing.forest, members, lengths, num_examples)
+        nodes = shared_nodes(forest, batch.examples, lengths, num_examples)
     num_written = lengths - nodes.num_skipped
-    ids = np.concatenate(columns.input_ids.of(rows, nodes.num_skipped))
+    ids = np.concatenate(columns.input_ids.pieces(rows, nodes.num_skipped))
     origins = np.cumsum(num_written) - num_written - nodes.num_skipped  # where each example would begin
-    is_trained = _is_trained(columns.trained.of(rows), origins, len(ids))
-    texts = columns.texts.of(rows, _num_skipped_bytes(columns, rows, nodes, decode) if decode else 0)
+    is_trained = _is_trained(columns.trained.pieces(rows), origins, len(ids))
+    texts = columns.texts.pieces(rows, _num_skipped_bytes(columns, rows, nodes, decode) if decode else 0)
     firsts = np.cumsum(num_examples) - num_examples
     place = _Place(np.add.reduceat(num_written, firsts), padding.length)
     made = [
@@ -149,9 +177,9 @@ def _num_skipped_bytes(columns: _Columns, rows: Ints, nodes: Nodes, decode: Deco
     going_on = np.flatnonzero(nodes.branches >= 0)
     _, firsts, which = np.unique(nodes.branches[going_on], return_index=True, return_inverse=True)
     sharing = going_on[firsts]
-    ids = zip(columns.input_ids.of(rows[sharing]), nodes.num_skipped[sharing].tolist(), strict=True)
+    ids = zip(columns.input_ids.pieces(rows[sharing]), nodes.num_skipped[sharing].tolist(), strict=True)
     beginnings = [text.encode() for text in decode([one[:end].tolist() for one, end in ids])]
-    texts = columns.texts.of(rows[going_on])
+    texts = columns.texts.pieces(rows[going_on])
     for member, beginning, text in zip(going_on.tolist(), which.tolist(), texts, strict=True):
         skipped[member] = _num_alike(beginnings[beginning], text[: len(beginnings[beginning])].tobytes())
     return skipped

@@ -12,6 +12,7 @@ A message of `messages` or `conversations` may be of either kind.
 """
 
 import logging
+import pickle
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+_MAPPED_BYTES = 2**25  # of a source, before its files are mapped anew: 32 MB
 _KEY = "source_config"
 # Per format: our name for a column -> its usual name in the data.
 _COLUMNS: dict[str, dict[ColumnName, str]] = {
@@ -187,13 +189,25 @@ def iterate_rows(source: Source, *, batch_size: int) -> Iterator[list[Row]]:
 
 def _own_rows(source: Source, batch_size: int) -> Iterator[list[Row]]:
     """The rows of one source, numbered from 0."""
-    reader = source.dataset.select_columns(list(source.columns.values())).with_format("arrow")
     start = 0
-    for table in reader.iter(batch_size=batch_size):
+    for table in _tables(source, batch_size):
         batch = {ours: _values(table, theirs, start, source.key) for ours, theirs in source.columns.items()}
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         yield [_row_or_problem(start + place, row, source) for place, row in enumerate(rows)]
         start += table.num_rows
+
+
+def _tables(source: Source, batch_size: int) -> Iterator[pa.Table]:
+    """The columns of `source` that are used, `batch_size` rows at a time.
+
+    Pickled and back, a data set maps its files anew: the pages of the old maps are no memory of this process any more.
+    """
+    whole = source.dataset.select_columns(list(source.columns.values())).with_format("arrow")
+    is_mapped, size = bool(whole.cache_files), max(1, whole.data.nbytes)
+    num_rows = max(1, _MAPPED_BYTES * len(whole) // size // batch_size) * batch_size
+    for start in range(0, len(whole), num_rows):
+        part = whole.select(range(start, min(start + num_rows, len(whole))))
+        yield from (pickle.loads(pickle.dumps(part)) if is_mapped else part).iter(batch_size=batch_size)
 
 
 def _values(table: pa.Table, column: str, start: int, key: str) -> list[Any]:

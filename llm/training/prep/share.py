@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from llm.training.prep.arrays import Ints, MappedLists
+from llm.training.prep.arrays import FlatLists, Ints
+from llm.training.prep.file_pages import give_pages_back
 
 # Measured on SmolLM2-135M, forward and backward on a CPU: with 150 tokens behind it a node of 8 saves time already,
 # with 500 one of 32 does, since behind a shared part attention computes the masked half of its scores, too.
@@ -135,7 +136,7 @@ class _Tokens:
     """The ids of the examples at `places`, chunk by chunk as they lie in the memory map."""
 
     def __init__(self, column: pa.ChunkedArray, places: Ints) -> None:
-        self._lists, self._places = MappedLists(column), places
+        self._lists, self._places = FlatLists.of(column), places
 
     def windows(self, rows: Ints, places: Ints, width: int) -> Iterator[tuple[slice, Tokens]]:
         """`width` ids of each of `rows` (rising) from its place on, for one slice of `rows` after the other.
@@ -146,6 +147,7 @@ class _Tokens:
         rows = self._places[rows]
         bounds = np.searchsorted(rows, self._lists.first_rows)
         for chunk in np.flatnonzero(np.diff(bounds)):
+            give_pages_back()
             for start in range(bounds[chunk], bounds[chunk + 1], _ROWS_AT_ONCE):
                 part = slice(start, min(start + _ROWS_AT_ONCE, bounds[chunk + 1]))
                 starts = self._lists.starts[rows[part]] + places[part]

@@ -25,6 +25,7 @@ from llm.prompt_format import TrainOn
 from llm.training.prep.arrays import Ints, make_lists
 from llm.training.prep.duplicates import ExampleHashes, hash_examples
 from llm.training.prep.encode import Dropped, Example, Outcome
+from llm.training.prep.file_pages import map_file
 from llm.training.prep.manifest import Sample
 from llm.training.prep.rows import Row
 
@@ -159,9 +160,8 @@ def _samples(rows: Sequence[Row], shard: Shard, train_on: TrainOn) -> Iterator[S
 def _read(path: Path) -> pa.RecordBatch | None:
     """The batch in the file; None when it is not there, or damaged."""
     try:
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).get_batch(0)
-    except (OSError, pa.ArrowInvalid):
+        return pa.ipc.open_file(map_file(path)).get_batch(0)
+    except (OSError, ValueError):  # pa.ArrowInvalid is a ValueError
         return None
 
 

@@ -16,6 +16,7 @@ from llm.terminal import library_bars_hidden, progress_bar, working
 from llm.training.config import DataPrepConfig, MethodConfig
 from llm.training.config_file import saved_data, saved_text
 from llm.training.prep.blocks import BLOCK_SCHEMA
+from llm.training.prep.file_pages import map_file
 from llm.training.prep.manifest import Manifest, write_manifest
 from llm.training.prep.report import Report
 from llm.training.prep.report_page import render_page
@@ -41,6 +42,7 @@ def check_writer(writer: MethodConfig) -> None:
 def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path, *, num_blocks: int) -> "Dataset":
     """The blocks as a data set, memory-mapped from a file in `folder`; the same bytes give the same fingerprint."""
     from datasets import Dataset
+    from datasets.table import MemoryMappedTable
 
     path = folder / "blocks.arrow"
     bar = progress_bar("Packing", total=num_blocks, unit="blocks")
@@ -50,7 +52,8 @@ def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path, *, num_blocks:
             advance(batch.num_rows)
     with path.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return Dataset(Dataset.from_file(str(path)).data, fingerprint=fingerprint)
+    table = pa.ipc.open_stream(map_file(path)).read_all()
+    return Dataset(MemoryMappedTable(table, str(path)), fingerprint=fingerprint)
 
 
 def write_dataset(blocks: "Dataset", writer: MethodConfig, target: Target) -> None:
