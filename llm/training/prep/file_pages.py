@@ -23,12 +23,14 @@ class _FilePages:
 
     def __init__(self) -> None:
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._lock = threading.Lock()  # a set must not grow while it is gone through
         self._most = sys.maxsize
 
     def map_file(self, path: Path) -> pa.Buffer:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._maps.add(mapped)
+        with self._lock:
+            self._maps.add(mapped)
         return pa.py_buffer(mapped)
 
     def limit(self) -> None:
@@ -41,8 +43,9 @@ class _FilePages:
 
     def give_back(self) -> None:
         if self._most < sys.maxsize and _num_pages() > self._most:
-            for mapped in list(self._maps):
-                mapped.madvise(mmap.MADV_DONTNEED)
+            with self._lock:
+                for mapped in self._maps:
+                    mapped.madvise(mmap.MADV_DONTNEED)
             self.limit()
 
 
