@@ -30,6 +30,7 @@ from llm.training.tune.base_model import load_base_model, load_tokenizer
 from llm.training.tune.data_check import check_data, open_blocks
 from llm.training.tune.export import export_model, final_output_path
 from llm.training.tune.isolation import keeps_examples_apart
+from llm.training.tune.objective import has_liger
 from llm.training.tune.output_sync import OutputSync
 from llm.training.tune.progress import RunSummary
 from llm.training.tune.resume import find_start
@@ -64,7 +65,12 @@ def finetune(config: FinetuneConfig) -> RunSummary:
         is_flat = keeps_examples_apart(model, is_packed=check_data(blocks, model, max_batch_size=most))
         adapted = add_adapter(model, config.lora_config, find_model(config.base_model).lora_config)
         trainer = BlockTrainer(
-            adapted, arguments, train_dataset=blocks.train, eval_dataset=blocks.evaluation, is_flat=is_flat
+            adapted,
+            arguments,
+            train_dataset=blocks.train,
+            eval_dataset=blocks.evaluation,
+            is_flat=is_flat,
+            has_liger=has_liger(config.training_arguments),
         )
         limit = merged_arguments(config)["save_total_limit"]
         signals = run_training(trainer, adapted, start.checkpoint, mirror=mirror, save_total_limit=limit, run=run)

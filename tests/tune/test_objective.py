@@ -1,5 +1,7 @@
 """What a model computes from a whole batch: refused where a flattened batch would change it."""
 
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset
@@ -11,7 +13,7 @@ from llm.training.tune.attention import NODE_ATTENTION
 from llm.training.tune.collator import flatten_blocks
 from llm.training.tune.data_check import Blocks, check_data
 from llm.training.tune.loss import token_losses
-from llm.training.tune.objective import liger_arguments
+from llm.training.tune.objective import has_liger, liger_arguments
 
 LONGROPE = {
     "rope_parameters": {
@@ -92,3 +94,22 @@ def test_liger_is_refused_where_it_cannot_run_and_keeps_the_forward_of_the_model
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     given = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}}
     assert liger_arguments(given) == {"liger_kernel_config": {"fused_linear_cross_entropy": False, "rope": False}}
+
+
+@pytest.mark.parametrize(
+    ("given", "is_there", "expected"),
+    [
+        ({}, True, True),
+        ({"use_liger_kernel": True}, True, True),
+        ({"use_liger_kernel": False}, True, False),
+        ({"use_cpu": True}, True, False),
+        ({}, False, False),
+    ],
+)
+def test_liger_computes_the_loss_on_a_gpu_that_has_it_unless_it_is_switched_off(
+    given: dict[str, Any], is_there: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not has_liger(given), "there is no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("llm.training.tune.objective.find_spec", lambda _: object() if is_there else None)
+    assert has_liger(given) is expected

@@ -21,6 +21,7 @@ from llm.training.tune.adapter import add_adapter
 from llm.training.tune.checkpoint_folder import newest_whole_checkpoint
 from llm.training.tune.checkpoints import CheckpointCallback
 from llm.training.tune.collator import flatten_blocks, pad_blocks
+from llm.training.tune.head import _LinearCrossEntropy
 from llm.training.tune.loss import _CrossEntropy, has_logits_to_keep, token_losses
 from llm.training.tune.trainer import BlockTrainer
 
@@ -353,11 +354,14 @@ def test_logits_of_a_bfloat16_run_stay_bfloat16(is_evaluated: bool, tmp_path: Pa
     model = add_adapter(make_model("llama", initializer_range=0.1).to(torch.bfloat16), {"r": 4}, {})
     settings = {"bf16": True, "max_steps": 2, "eval_strategy": "steps" if is_evaluated else "no", "eval_steps": 1}
     trainer = BlockTrainer(model, train_arguments(tmp_path, **settings), train_dataset=dataset, eval_dataset=dataset)
-    call = _CrossEntropy.forward
+    in_evaluation, in_training = _CrossEntropy.forward, _LinearCrossEntropy.forward
+
+    def looked_at(call: Any) -> Any:
+        return lambda ctx, *tensors: (dtypes.append(tensors[0].dtype), call(ctx, *tensors))[1]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            _CrossEntropy, "forward", lambda ctx, logits, ids: (dtypes.append(logits.dtype), call(ctx, logits, ids))[1]
-        )
+        patch.setattr(_CrossEntropy, "forward", looked_at(in_evaluation))
+        patch.setattr(_LinearCrossEntropy, "forward", looked_at(in_training))
         trainer.train()
     assert set(dtypes) == {torch.bfloat16} and len(dtypes) == (4 if is_evaluated else 2)
     assert all(p.dtype is torch.float32 and p.isfinite().all() for p in model.parameters() if p.requires_grad)

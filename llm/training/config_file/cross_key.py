@@ -125,7 +125,7 @@ def _packing_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
     for key in ("fused_linear_cross_entropy", "cross_entropy"):
         if training.get("use_liger_kernel") is True and liger.get(key) is True:
             text = (
-                f"`{key}` of Liger has no effect: the loss is computed here, from the logits of trained tokens only. "
+                f"`{key}` of Liger has no effect: its fused kernel is called here, for trained tokens only. "
                 f"Delete it; the other kernels (`rope`, `rms_norm`, `swiglu`) are used."
             )
             yield Problem(path=("training_arguments", "liger_kernel_config", key), text=text)

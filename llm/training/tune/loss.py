@@ -15,7 +15,7 @@ from llm.training.tune.collator import IGNORE_INDEX, Batch
 
 # Rows of logits that are float32 at once: 13 MB for 49,152 ids.
 ROWS_AT_ONCE = 64
-NOT_FOR_THE_MODEL = ("labels", "num_block_labels", "blocks")
+_NOT_FOR_THE_MODEL = ("labels", "num_block_labels", "blocks")
 
 
 def token_losses(model: nn.Module, batch: Batch, *, has_logits_to_keep: bool, label_smoothing: float = 0.0) -> Tensor:
@@ -26,9 +26,7 @@ def token_losses(model: nn.Module, batch: Batch, *, has_logits_to_keep: bool, la
     `has_logits_to_keep` (see there): the model computes only the logits asked for; else they are selected
     afterwards.
     """
-    inputs = {name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL}
-    is_trained = batch["labels"][:, 1:] != IGNORE_INDEX
-    targets = batch["labels"][:, 1:][is_trained]
+    inputs, (is_trained, targets) = model_inputs(batch), trained_tokens(batch)
     if has_logits_to_keep and len(is_trained) == 1:
         predictors = is_trained[0].nonzero().squeeze(1)
         logits = model(**inputs, use_cache=False, logits_to_keep=predictors).logits[0]
@@ -38,6 +36,18 @@ def token_losses(model: nn.Module, batch: Batch, *, has_logits_to_keep: bool, la
         return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
     losses: Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return losses
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What of `batch` the model takes."""
+    return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
+
+
+def trained_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which tokens predict a label, (rows, tokens - 1), and these labels, (labels,)."""
+    following = batch["labels"][:, 1:]
+    is_trained = following != IGNORE_INDEX
+    return is_trained, following[is_trained]
 
 
 def sums_by_block(losses: Tensor, num_block_labels: Tensor) -> Tensor:

@@ -61,9 +61,9 @@ def longrope_limit(config: PreTrainedConfig) -> int | None:
 def liger_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """What `use_liger_kernel: true` needs beside it: nothing of the model's forward is replaced.
 
-    Liger's layers (rope, norms, gated linear units) are used; its fused cross entropy is not: it wants the labels of
-    all tokens, and ours computes the logits of trained tokens only. Read, not run: Liger needs a GPU. Raises
-    MissingExtraError where it is not installed, ConfigError where there is no GPU.
+    Liger's layers (rope, norms, gated linear units) are used; its fused cross entropy is called by `head`, for trained
+    tokens only. Read, not run: Liger needs a GPU. Raises MissingExtraError where it is not installed, ConfigError where
+    there is no GPU.
     """
     if given.get("use_liger_kernel") is not True:
         return {}
@@ -75,3 +75,9 @@ def liger_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     if not torch.cuda.is_available() or given.get("use_cpu"):
         raise ConfigError("training_arguments.use_liger_kernel: Liger's kernels need a GPU. Delete the key.")
     return {"liger_kernel_config": {"fused_linear_cross_entropy": False, **(given.get("liger_kernel_config") or {})}}
+
+
+def has_liger(given: Mapping[str, Any]) -> bool:
+    """Whether Liger's kernel computes the loss: on a GPU where it is installed, unless `use_liger_kernel` is false."""
+    is_wanted = given.get("use_liger_kernel") is not False and not given.get("use_cpu")
+    return is_wanted and torch.cuda.is_available() and find_spec("liger_kernel") is not None

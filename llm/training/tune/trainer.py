@@ -23,6 +23,7 @@ from llm.errors import ConfigError, DataError
 from llm.training.config import FinetuneConfig, default_training_arguments
 from llm.training.tune.base_model import resolve_precision, warn_of_slow_autocast
 from llm.training.tune.collator import COLUMNS, Batch, flatten_blocks, pad_blocks
+from llm.training.tune.head import find_plain_head, summed_losses
 from llm.training.tune.loss import has_logits_to_keep, sums_by_block, token_losses
 from llm.training.tune.objective import liger_arguments
 from llm.training.tune.throughput import StepFlops, Work, count_work, peak_flops
@@ -37,7 +38,7 @@ class BlockTrainer(Trainer):
 
     Training loss: sum of token losses / trained tokens of the whole step, over accumulation and ranks.
     Evaluation loss: sum over the whole set / its trained tokens. `is_flat`: batches are flattened
-    (`keeps_examples_apart`).
+    (`keeps_examples_apart`). `has_liger`: the loss is computed by its kernel.
     """
 
     loss_is_scaled_for_ga = True
@@ -50,6 +51,7 @@ class BlockTrainer(Trainer):
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
         is_flat: bool = True,
+        has_liger: bool = False,
         **kwargs: Any,
     ) -> None:
         """As `Trainer`; `kwargs` are its further arguments. ConfigError when one process has several GPUs."""
@@ -76,6 +78,8 @@ class BlockTrainer(Trainer):
         # so that the Trainer counts the trained tokens of the whole step
         self.model_accepts_loss_kwargs = True
         self._has_logits_to_keep = has_logits_to_keep(model)
+        self._has_liger = has_liger
+        self._head = find_plain_head(model) if is_flat and not self._changes_modules else None
         self.work = Work()
         """What all ranks computed."""
         self._work, self._flops = Work(), StepFlops(model)
@@ -95,19 +99,26 @@ class BlockTrainer(Trainer):
         assert num_items_in_batch is not None and not return_outputs
         # Accelerate's wrapper turns all logits into float32: what it wraps is called, under the same autocast.
         self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        losses = token_losses(
-            model,
-            inputs,
-            has_logits_to_keep=self._has_logits_to_keep,
-            label_smoothing=self.args.label_smoothing_factor,
-        )
-        self._work += count_work(inputs, num_labels=len(losses), flops=self._flops)
-        self._step_losses.append((inputs["blocks"], losses.detach().sum()))
+        loss, num_labels = self._summed_losses(model, inputs)
+        self._work += count_work(inputs, num_labels=num_labels, flops=self._flops)
+        self._step_losses.append((inputs["blocks"], loss.detach()))
         # A step of which no rank has a label leaves the weights as they are.
-        share = losses.sum() / torch.as_tensor(num_items_in_batch, device=losses.device).clamp(min=1)
+        share = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
         if self.args.average_tokens_across_devices:
             share = share * self.accelerator.num_processes  # gradients are averaged over the ranks
         return share
+
+    def _summed_losses(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, int]:
+        smoothing = self.args.label_smoothing_factor
+        if self._head is not None and not smoothing:
+            return summed_losses(model, inputs, self._head, has_liger=self._has_liger)
+        losses = token_losses(model, inputs, has_logits_to_keep=self._has_logits_to_keep, label_smoothing=smoothing)
+        return losses.sum(), len(losses)
+
+    @property
+    def _changes_modules(self) -> bool:
+        """Whether layers are compiled, or their weights are only there while they are called."""
+        return self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def compute_loss_context_manager(self) -> Any:
         """Mixed precision, as the Trainer's arguments ask for it."""
