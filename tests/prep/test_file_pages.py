@@ -1,5 +1,6 @@
 """Memory maps of our own files: what was read is given back, and reads the same again."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -49,3 +50,9 @@ def test_pages_that_were_not_to_be_given_back_stay(large: Path) -> None:
     sums(mapped)
     give_pages_back()
     assert megabytes_of_files() > before + 120
+
+
+def test_maps_keep_no_file_open(large: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    maps = [map_file(large) for _ in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == before and all(one.size == 128 * MB for one in maps)

@@ -21,13 +21,16 @@ from llm.training.prep.rows import Row
 
 pytest_plugins = ("prep_fixtures",)
 
-NUM_ROWS = 2500  # three batches
+NUM_ROWS = 2500  # three batches of at most 1000
 Changes = dict[str, Any]
 
 
 @pytest.fixture
-def run(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> Callable[..., str]:
+def run(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
     """Prepares `rows`, and gives what was said about using tokens again."""
+    monkeypatch.setattr(engine, "_ROWS_AT_ONCE", 1000)
     caplog.set_level(logging.INFO, logger=reuse.__name__)
 
     def prepared(rows: Sequence[dict[str, Any]] | None = None, **changes: Any) -> str:

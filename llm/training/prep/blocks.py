@@ -15,13 +15,13 @@ from llm.tokenizer import PromptTokenizer
 from llm.training.config import DataPrepConfig
 from llm.training.prep.arrays import FlatLists, Ints, make_lists
 from llm.training.prep.nodes import Nodes, shared_nodes, single_nodes
-from llm.training.prep.overlap import two_at_a_time
+from llm.training.prep.overlap import three_at_a_time
 from llm.training.prep.pack import Packing
 from llm.training.prep.share import Forest
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 
-_TOKENS_AT_ONCE = 2**18  # of a batch of blocks, of which up to four are in memory, 40 bytes a token
+_TOKENS_AT_ONCE = 2**18  # of a batch of blocks, of which up to five are in memory, 40 bytes a token
 _BATCHES_READ = 4  # together: 10 MB
 _TOKENS = pa.list_(pa.int32())
 BLOCK_SCHEMA = pa.schema(
@@ -89,7 +89,7 @@ def iterate_blocks(
         return _columns_of(batch, packing.forest, padding, decode)
 
     places = np.arange(examples.num_rows) if places is None else places
-    for _, columns in two_at_a_time(columns_of, _batches(_Columns.of(examples), packing, places)):
+    for _, columns in three_at_a_time(columns_of, _batches(_Columns.of(examples), packing, places)):
         yield columns
 
 

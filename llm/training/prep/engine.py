@@ -13,13 +13,13 @@ from llm.terminal import progress_bar
 from llm.tokenizer import load_prompt_tokenizer
 from llm.training.config import DataPrepConfig, MethodConfig, kwargs_of
 from llm.training.prep.encode import DROP_ADVICE, Encoder
-from llm.training.prep.overlap import two_at_a_time
+from llm.training.prep.overlap import three_at_a_time
 from llm.training.prep.reuse import Reuse
 from llm.training.prep.rows import Source, iterate_rows
 from llm.training.prep.store import Collector, Examples, ShardStore
 
 logger = logging.getLogger(__name__)
-_ROWS_AT_ONCE = 1000
+_ROWS_AT_ONCE = 500
 _MANY_ROWS = 10_000  # opening the fast tokenizer takes 0.4 s (SmolLM2) to 2 s (vocabularies of 150,000)
 
 
@@ -72,7 +72,7 @@ def encode_rows(source: Source, encoder: Encoder, folder: Path, *, reuse: Reuse 
         reuse.begin()
     batches = iterate_rows(source, batch_size=_ROWS_AT_ONCE)
     with progress_bar("Tokenizing", total=num_rows, unit="rows") as advance:
-        for batch, shard in two_at_a_time(lambda rows: store.shard(rows, encoder.encode), batches):
+        for batch, shard in three_at_a_time(lambda rows: store.shard(rows, encoder.encode), batches):
             collector.add(batch, shard)
             advance(len(batch))
     if reuse:

@@ -3,6 +3,7 @@
 Pages of a memory map count as memory of the process until the kernel wants them back: 1.6 GB of 200,000 rows.
 """
 
+import ctypes
 import mmap
 import sys
 import threading
@@ -18,20 +19,27 @@ _MOST_BYTES = 32 << 20
 _SIZES = Path("/proc/self/statm")  # in pages: all, in memory, of these in memory from files
 
 
+class _Map:
+    """A file in memory, as long as any buffer of it is used."""
+
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(str(path)) as file:
+            self.whole: pa.Buffer = file.read_buffer()
+
+
 class _FilePages:
     """The files that are mapped, and how many pages of files may be in memory."""
 
     def __init__(self) -> None:
-        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._maps: weakref.WeakSet[_Map] = weakref.WeakSet()
         self._lock = threading.Lock()  # a set must not grow while it is gone through
         self._most = sys.maxsize
 
     def map_file(self, path: Path) -> pa.Buffer:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = _Map(path)
         with self._lock:
             self._maps.add(mapped)
-        return pa.py_buffer(mapped)
+        return pa.foreign_buffer(mapped.whole.address, mapped.whole.size, base=mapped)
 
     def limit(self) -> None:
         """Allows 32 MB more than there are now, most of which are libraries."""
@@ -43,9 +51,12 @@ class _FilePages:
 
     def give_back(self) -> None:
         if self._most < sys.maxsize and _num_pages() > self._most:
+            # Not `mmap`, which keeps a file open for each map: 1,024 are allowed. PyDLL keeps Python's lock.
+            madvise = ctypes.PyDLL(None).madvise
             with self._lock:
                 for mapped in self._maps:
-                    mapped.madvise(mmap.MADV_DONTNEED)
+                    place, size = ctypes.c_void_p(mapped.whole.address), ctypes.c_size_t(mapped.whole.size)
+                    madvise(place, size, mmap.MADV_DONTNEED)
             self.limit()
 
 
@@ -53,7 +64,7 @@ _pages = _FilePages()
 
 
 def map_file(path: Path) -> pa.Buffer:
-    """The bytes of a file, read when they are used; OSError without the file, ValueError when it is empty."""
+    """The bytes of a file, read when they are used; OSError without the file."""
     return _pages.map_file(path)
 
 
