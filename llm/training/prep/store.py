@@ -161,7 +161,7 @@ def _read(path: Path) -> pa.RecordBatch | None:
     """The batch in the file; None when it is not there, or damaged."""
     try:
         return pa.ipc.open_file(map_file(path)).get_batch(0)
-    except (OSError, ValueError):  # pa.ArrowInvalid is a ValueError
+    except (OSError, pa.ArrowInvalid):
         return None
 
 
