@@ -43,8 +43,7 @@ class _FilePages:
 
     def limit(self) -> None:
         """Allows 32 MB more than there are now, most of which are libraries."""
-        if _SIZES.exists():
-            self._most = _num_pages() + _MOST_BYTES // mmap.PAGESIZE
+        self._most = _num_pages() + _MOST_BYTES // mmap.PAGESIZE
 
     def lift(self) -> None:
         self._most = sys.maxsize
@@ -76,6 +75,9 @@ def give_pages_back() -> None:
 @contextmanager
 def pages_given_back() -> Iterator[None]:
     """Within, `give_pages_back` limits the memory, and is called while libraries read the files; only on Linux."""
+    if not _SIZES.exists():
+        yield
+        return
     _pages.limit()
     done = threading.Event()
     watch = threading.Thread(target=_watch, args=(done,), name="pages", daemon=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm.training.tune.collator import Batch
-from llm.training.tune.loss import has_logits_to_keep, model_inputs, trained_tokens
+from llm.training.tune.loss import has_logits_to_keep, model_inputs, softmax_minus_one_hot, trained_tokens
 
 ROWS_AT_ONCE = 256  # 50 MB of float32 logits for 49,152 ids
 
@@ -96,8 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(some, weight, bias).float()
             log_sums = logits.logsumexp(dim=1, keepdim=True)
             losses.append((log_sums - logits.gather(1, ids[:, None])).squeeze(1))
-            share = logits.sub_(log_sums).exp_()  # softmax - one-hot
-            share.scatter_add_(1, ids[:, None], share.new_full((len(ids), 1), -1.0))
+            share = softmax_minus_one_hot(logits.sub_(log_sums), ids)
             of_logits = share.to(hidden.dtype)
             torch.mm(of_logits, weight, out=out)
             if of_weight is not None:

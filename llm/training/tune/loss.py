@@ -62,6 +62,12 @@ def has_logits_to_keep(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
+def softmax_minus_one_hot(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of cross entropy for logits, (rows, vocabulary), in the memory of `log_probabilities`."""
+    minus_ones = log_probabilities.new_full((len(targets), 1), -1.0)
+    return log_probabilities.exp_().scatter_add_(1, targets[:, None], minus_ones)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """`cross_entropy(logits.float(), targets, reduction="none")` that keeps no float32 copy of all logits.
 
@@ -81,7 +87,6 @@ class _CrossEntropy(torch.autograd.Function):
         found = torch.empty_like(logits)
         parts = (tensor.split(ROWS_AT_ONCE) for tensor in (logits, targets, log_sums, gradients[0], found))
         for some, ids, sums, gradient, out in zip(*parts, strict=True):
-            share = (some.float() - sums[:, None]).exp_()
-            share.scatter_add_(1, ids[:, None], share.new_full((len(ids), 1), -1.0))
+            share = softmax_minus_one_hot(some.float() - sums[:, None], ids)
             out.copy_(share.mul_(gradient[:, None]))
         return found, None
