@@ -277,7 +277,7 @@ def join_ranks(rank: int, port: int) -> dict[str, Any]:
 
 
 def leave_ranks(exit_code: int) -> NoReturn:
-    """Ends a rank. Not by `sys.exit`: 1 in 10 forked children then hangs, in a thread of gloo (torch 2.13)."""
+    """Ends a rank. Not by `sys.exit`: 1 in 10 then hangs or aborts, in a thread of gloo (torch 2.13)."""
     torch.distributed.destroy_process_group()
     os._exit(exit_code)
 

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import torch
+from fault_helpers import leave_ranks
 from tiny_models import ARCHITECTURES, COMMON, make_packed_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
@@ -54,3 +55,4 @@ if __name__ == "__main__":
     found = run(sys.argv[1], is_lora=sys.argv[2] == "1", batch_size=4)
     if found["is_main"]:
         torch.save(found, f"{sys.argv[1]}/ranks.pt")
+    leave_ranks(0)
