@@ -104,7 +104,7 @@ def test_attend_nodes_of_any_forest_equals_the_textbook_with_gradients(
 
 def test_every_layer_and_children_of_like_lengths_have_one_mask() -> None:
     _whole_mask.cache_clear()
-    states = [tensor.requires_grad_() for tensor in random_states(90, torch.bfloat16)]
+    states = [tensor.requires_grad_() for tensor in random_states(90)]
     nodes: dict[str, Any] = {"node_lengths": [50, 17, 23], "node_parents": [-1, 0, 0], "rule": ScoreRule()}
     with torch.inference_mode():  # an evaluation before: what it made serves training, too
         attend_nodes(*states, **nodes)

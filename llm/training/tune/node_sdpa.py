@@ -1,4 +1,4 @@
-"""Attention node by node: each node's queries over the keys of its path, one `scaled_dot_product_attention` a node.
+"""Attention node by node: each node's queries over the keys of its path, mostly by `scaled_dot_product_attention`.
 
 What every device can do, and what `node_kernels.py` measures other kernels by. No mask over unrelated tokens is built.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm.training.tune.nodes import node_paths
+from llm.training.tune.product_attention import attend_by_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +52,16 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor:
     """The output of a node whose `query` are the last tokens of the path that `key` and `value` hold."""
     num_own, num_path = query.shape[2], key.shape[2]
-    is_plain = num_own == num_path and (rule.window is None or rule.window >= num_path)
+    sees_all = rule.window is None or rule.window >= num_path
     if rule.softcap is not None:
         return _attend_softcapped(query, key, value, rule)
+    if sees_all and not rule.dropout and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return attend_by_products(query, key, value, rule.scaling)
+    is_plain = sees_all and num_own == num_path
     is_grouped = query.shape[1] != key.shape[1]
-    if is_grouped and not is_plain:
-        if query.device.type == "cpu" and query.dtype != torch.float32:
-            return _attend_folded(query, key, value, rule)
-        if query.is_cuda:
-            # With a mask only CUDA's plain kernel takes grouped heads, and it holds all scores in memory.
-            key, value, is_grouped = *_repeat_heads(query, key, value), False
+    if is_grouped and not is_plain and query.is_cuda:
+        # With a mask only CUDA's plain kernel takes grouped heads, and it holds all scores in memory.
+        key, value, is_grouped = *_repeat_heads(query, key, value), False
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -71,26 +72,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor
         scale=rule.scaling,
         enable_gqa=is_grouped,
     )
-
-
-def _attend_folded(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor:
-    """As `attend`, with the heads that share their keys as one head of as many times the queries.
-
-    PyTorch's CPU kernel computes more queries together where there are more: in bfloat16 0.8 of the time, forward and
-    backward (400 tokens after 1,100, 2 cores with avx512_bf16, torch 2.13); in float32 the same time.
-    """
-    num_heads, num_own = key.shape[1], query.shape[2]
-    times = query.shape[1] // num_heads
-    output = F.scaled_dot_product_attention(
-        query.unflatten(1, (num_heads, times)).transpose(2, 3).flatten(2, 3),
-        key,
-        value,
-        attn_mask=_path_mask(query, key.shape[2], rule.window, times),
-        dropout_p=rule.dropout,
-        scale=rule.scaling,
-    )
-    unfolded: Tensor = output.unflatten(2, (num_own, times))
-    return unfolded.transpose(2, 3).flatten(1, 2)
 
 
 def _attend_softcapped(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor:
@@ -110,26 +91,23 @@ def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     return key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
 
 
-def _path_mask(query: Tensor, num_path: int, window: int | None, times: int = 1) -> Tensor:
+def _path_mask(query: Tensor, num_path: int, window: int | None) -> Tensor:
     """What to add to the scores (own tokens, tokens of the path): 0 where a token is seen, else -inf.
 
-    `times` rows for each own token. As numbers, not as booleans: 1.2 to 1.4 times faster on the CPU (44 against 58 ms,
-    forward and backward, 200 tokens after 1,100).
+    As numbers, not as booleans: 1.2 to 1.4 times faster on the CPU (44 against 58 ms, forward and backward, 200 tokens
+    after 1,100).
     """
     num_own = query.shape[2]
     num_rows = 1 << (num_own - 1).bit_length()  # of few sizes, of which each child of a node takes a part
-    mask = _whole_mask(num_rows, num_path - num_own, window, times, query.dtype, query.device)
-    part = mask[: num_own * times, :num_path]
+    mask = _whole_mask(num_rows, num_path - num_own, window, query.dtype, query.device)
+    part = mask[:num_own, :num_path]
     return part if query.device.type == "cpu" else part.contiguous()  # kernels of GPUs may want rows that are aligned
 
 
-@lru_cache(maxsize=4)  # every layer asks, and keeps it for its gradient: 9 MB each for 400 tokens after 1,100
-def _whole_mask(  # noqa: PLR0913 (all that a mask depends on)
-    num_own: int, num_before: int, window: int | None, times: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+@lru_cache(maxsize=4)  # every layer asks, and keeps it for its gradient: 3 MB each for 400 tokens after 1,100
+def _whole_mask(num_own: int, num_before: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # whoever asks first, others need a gradient
         is_seen = torch.ones(num_own, num_before + num_own, dtype=torch.bool, device=device).tril(num_before)
         if window is not None:
             is_seen = is_seen.triu(num_before - window + 1)
-        mask = torch.zeros(is_seen.shape, dtype=dtype, device=device).masked_fill_(~is_seen, float("-inf"))
-        return mask.repeat_interleave(times, dim=0)
+        return torch.zeros(is_seen.shape, dtype=dtype, device=device).masked_fill_(~is_seen, float("-inf"))
