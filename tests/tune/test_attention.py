@@ -109,7 +109,8 @@ def test_refused_model_trains_on_unpacked_blocks_only(architecture: str) -> None
 def test_self_test_sees_a_leak_of_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaky_paths(parents: list[int]) -> list[list[int]]:
         paths = node_paths(parents)
-        paths[1] = [0, 1]  # the second example sees the first
+        if len(paths) > 1:
+            paths[2] = [1, 2]  # an example sees the one before it
         return paths
 
     monkeypatch.setattr(node_sdpa, "node_paths", leaky_paths)

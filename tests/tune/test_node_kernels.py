@@ -175,6 +175,23 @@ def test_flex_on_the_cpu_equals_attend_nodes(nodes: Nodes, rule: ScoreRule) -> N
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("lengths", [[40, 1, 60, 30, 9], [100, 28, 128], [128, 100, 30], [300, 3, 4]])
+@pytest.mark.parametrize("num_left_out", [1, 2])
+def test_attention_without_the_queries_of_the_first_nodes_is_the_rest_of_the_whole(
+    num_left_out: int, lengths: list[int], rule: ScoreRule
+) -> None:
+    query, key, value = random_states(sum(lengths), torch.float32)
+    start = sum(lengths[:num_left_out])
+    structure: dict[str, Any] = {"node_lengths": lengths, "node_parents": [-1, -1, 0, 0, 2], "rule": rule}
+    structure["node_parents"] = structure["node_parents"][: len(lengths)]
+    expected = attend_nodes(query, key, value, **structure)[:, :, start:]
+    for kernel in (attend_nodes, attend_flex):
+        found = kernel(query[:, :, start:], key, value, **structure)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text"])
 def test_model_with_flex_passes_the_self_test(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
@@ -186,7 +203,7 @@ def test_model_with_flex_passes_the_self_test(architecture: str, monkeypatch: py
     monkeypatch.setattr(attention, "choose_kernel", choose)
     monkeypatch.setattr(attention, "trusted_kernel", lambda kernel, *_: kernel)  # there is no gradient on a CPU
     assert check_isolation(make_model(architecture)) < 1e-5
-    assert len(calls) == 2  # layers
+    assert len(calls) == 3 * 2  # all nodes, the prompt, and all nodes after it, in two layers
 
 
 def test_cu_seq_lens_are_the_ends_of_the_nodes() -> None:
@@ -267,14 +284,14 @@ def test_kernel_that_agrees_is_used_and_tried_once(dtype: torch.dtype) -> None:
         return right_kernel(*args, **kwargs)
 
     assert trust(counted, dtype) is counted and trust(counted, dtype) is counted
-    assert len(calls) == 1
+    assert len(calls) == 2  # with all queries, and without those of a prompt
 
 
 @pytest.mark.parametrize(
     ("kernel", "reason"),
     [
         (leaky_kernel, "it differs by "),
-        (kernel_of_which_one_token_sees_too_much, "it differs by 0."),
+        (kernel_of_which_one_token_sees_too_much, "it differs by "),
         (forgetful_kernel, "it differs by "),
         (kernel_with_a_longer_window, "it differs by "),
         (kernel_without_value_gradient, "it differs by 1 "),

@@ -248,8 +248,9 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: py
         BlockTrainer(make_model("llama"), arguments, train_dataset=make_packed_dataset(2))
 
 
+@pytest.mark.parametrize("is_prompted", [False, True], ids=["alone", "prompted"])
 @pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
-def test_two_ranks_train_and_evaluate_as_one(is_lora: bool, tmp_path: Path) -> None:
+def test_two_ranks_train_and_evaluate_as_one(is_lora: bool, is_prompted: bool, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -262,7 +263,7 @@ def test_two_ranks_train_and_evaluate_as_one(is_lora: bool, tmp_path: Path) -> N
     command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(
-        [*command, str(RANKS_SCRIPT), str(tmp_path), str(int(is_lora))],
+        [*command, str(RANKS_SCRIPT), str(tmp_path), str(int(is_lora)), str(int(is_prompted))],
         env=environment,
         capture_output=True,
         text=True,
@@ -272,11 +273,13 @@ def test_two_ranks_train_and_evaluate_as_one(is_lora: bool, tmp_path: Path) -> N
     assert result.returncode == 0, result.stderr[-3000:]
     from train_on_ranks import run
 
-    alone = run(str(tmp_path), is_lora=is_lora, batch_size=8)
+    alone = run(str(tmp_path), is_lora=is_lora, is_prompted=is_prompted, batch_size=8)
     ranks = torch.load(tmp_path / "ranks.pt", weights_only=True)
     assert largest_difference(alone["weights"], ranks["weights"]) < 1e-6
     assert ranks["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
-    assert ranks["tokens"] == alone["tokens"]
+    computed, computed_alone = (found["tokens"] for found in (ranks, alone))
+    num_prompt_tokens = 5 * 12 if is_prompted else 0  # a prompt is computed once a step by each rank
+    assert computed[0] == computed_alone[0] + num_prompt_tokens and computed[1:3] == computed_alone[1:3]
     assert json.dumps(ranks["losses"]) and ranks["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
 

@@ -92,6 +92,18 @@ def make_packed_dataset(num_blocks: int = 24, *, seed: int = 0) -> Dataset:
     return Dataset.from_list(blocks)
 
 
+def make_prompted_dataset(num_blocks: int) -> Dataset:
+    """Blocks of two or three examples after a prompt of 12 tokens that all blocks have, without labels in it."""
+    prompt = list(range(10, 22))
+    blocks = []
+    for number in range(num_blocks):
+        lengths = [12, 4 + number % 3, 5, *([3] * (number % 2))]
+        block = make_block(lengths, [-1] + [0] * (len(lengths) - 1), seed=number)
+        block["input_ids"][:12], block["labels"][:12] = prompt, [-100] * 12
+        blocks.append(block)
+    return Dataset.from_list(blocks)
+
+
 def unpack(dataset: Dataset) -> Dataset:
     """The same examples, one a block (of blocks without sharing)."""
     rows = []

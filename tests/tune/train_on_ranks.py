@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from fault_helpers import leave_ranks
-from tiny_models import ARCHITECTURES, COMMON, make_packed_dataset
+from tiny_models import ARCHITECTURES, COMMON, make_packed_dataset, make_prompted_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from llm.training.tune.adapter import add_adapter
@@ -14,7 +14,7 @@ from llm.training.tune.attention import NODE_ATTENTION
 from llm.training.tune.trainer import BlockTrainer
 
 
-def run(folder: str, *, is_lora: bool, batch_size: int) -> dict[str, Any]:
+def run(folder: str, *, is_lora: bool, is_prompted: bool, batch_size: int, accumulation: int = 1) -> dict[str, Any]:
     torch.manual_seed(0)
     settings = COMMON | ARCHITECTURES["llama"] | {"initializer_range": 0.1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings))
@@ -35,10 +35,14 @@ def run(folder: str, *, is_lora: bool, batch_size: int) -> dict[str, Any]:
         use_cpu=True,
         train_sampling_strategy="sequential",
         per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=2,
     )
     trainer = BlockTrainer(
-        model, arguments, train_dataset=make_packed_dataset(40), eval_dataset=make_packed_dataset(7, seed=9)
+        model,
+        arguments,
+        train_dataset=make_prompted_dataset(40) if is_prompted else make_packed_dataset(40),
+        eval_dataset=make_packed_dataset(7, seed=9),
     )
     trainer.train()
     metrics = trainer.evaluate()
@@ -52,7 +56,8 @@ def run(folder: str, *, is_lora: bool, batch_size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = run(sys.argv[1], is_lora=sys.argv[2] == "1", batch_size=4)
+    is_lora, is_prompted = (argument == "1" for argument in sys.argv[2:])
+    found = run(sys.argv[1], is_lora=is_lora, is_prompted=is_prompted, batch_size=2, accumulation=2)
     if found["is_main"]:
         torch.save(found, f"{sys.argv[1]}/ranks.pt")
     leave_ranks(0)

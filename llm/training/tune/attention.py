@@ -12,7 +12,7 @@ No mask over unrelated tokens is ever built:
 `nodes.py` reads the structure, `node_sdpa.py` attends node by node, `node_kernels.py` says which kernel does it where.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ from llm.training.tune.node_sdpa import ScoreRule, attend
 
 NODE_ATTENTION = "llm_train_nodes"
 
+States = dict[nn.Module, tuple[Tensor, Tensor]]
+"""Of each attention layer the keys and values of some tokens, (1, key heads, tokens, head size)."""
+
 
 def node_attention(  # noqa: PLR0913 (the library calls it so)
     module: nn.Module,
@@ -36,14 +39,17 @@ def node_attention(  # noqa: PLR0913 (the library calls it so)
     attention_mask: Tensor | None,
     node_lengths: Sequence[int] | None = None,
     node_parents: Sequence[int] | None = None,
+    prompt_states: Sequence[Mapping[nn.Module, tuple[Tensor, Tensor]]] = (),
+    kept_states: States | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention output (batch, tokens, heads, head size), in the signature of `AttentionInterface`.
 
     `query` is (batch, heads, tokens, head size), `key` and `value` may have fewer heads. With node structure
-    the batch is 1: a flattened one. Without it, as when a model in training generates text, each row is one
-    text, whose last tokens the queries are, under `attention_mask` if there is one. Raises ConfigError when
-    the model asks for what is not computed here, ValueError for packed rows without node structure.
+    the batch is 1: a flattened one. `prompt_states` are of its first nodes, which are computed elsewhere;
+    `kept_states` takes those of this batch. Without node structure, as when a model in training generates text,
+    each row is one text, whose last tokens the queries are, under `attention_mask` if there is one. Raises
+    ConfigError when the model asks for what is not computed here, ValueError for packed rows without node structure.
     """
     if attention_mask is not None and attention_mask.ndim > 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -52,6 +58,11 @@ def node_attention(  # noqa: PLR0913 (the library calls it so)
         _refuse_packed(kwargs.get("position_ids"))
         output = attend(query, key, value, rule)
     else:
+        if kept_states is not None:
+            kept_states.setdefault(module, (key, value))  # once: checkpointing computes them again
+        if prompt_states:
+            before = [states[module] for states in prompt_states]
+            key, value = (torch.cat([*(states[n] for states in before), own], 2) for n, own in enumerate((key, value)))
         nodes: dict[str, Any] = {"node_lengths": node_lengths, "node_parents": node_parents, "rule": rule}
         kernel = choose_kernel(query.device.type, dtype=query.dtype, **nodes)
         output = trusted_kernel(kernel, query, key, rule)(query, key, value, **nodes)

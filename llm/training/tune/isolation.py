@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm.errors import ConfigError
-from llm.training.tune.attention import NODE_ATTENTION
+from llm.training.tune.attention import NODE_ATTENTION, States
 from llm.training.tune.nodes import node_paths, node_positions
+from llm.training.tune.step_prompts import StepPrompt
 
 logger = logging.getLogger(__name__)
 
-# Three examples alone, then a prompt of 6 tokens with two children, the second of which has a child itself.
-NODE_LENGTHS = [5, 7, 1, 6, 3, 4, 2]
-NODE_PARENTS = [-1, -1, -1, -1, 3, 3, 5]
+# A prompt of 6 tokens with two children, the second of which has a child itself, and three examples alone.
+NODE_LENGTHS = [6, 5, 7, 1, 3, 4, 2]
+NODE_PARENTS = [-1, -1, -1, -1, 0, 0, 5]
 
 # Largest relative difference of a node's logits. Measured on SmolLM2-135M: one example that sees another, or a
 # child that does not see its prompt, 0.19 to 0.29; rounding 6e-7 in float32, 0.02 in bfloat16.
@@ -29,21 +30,23 @@ LOW_PRECISION_TOLERANCE = 0.08
 def check_isolation(model: PreTrainedModel) -> float:
     """The largest relative logit difference between packed and separate examples: rounding, or ConfigError.
 
-    `model` uses our attention. The separate examples run through the model's own eager attention, so that the
-    two ways share no code. The random ids come from a generator of their own: the run's seed is not touched.
+    Packed twice, the second time with the prompt computed by itself (`step_prompts`). `model` uses our attention; the
+    separate examples run through the model's own eager attention, so that the two ways share no code. The random ids
+    come from a generator of their own: the run's seed is not touched.
     """
     ids = _random_ids(model, sum(NODE_LENGTHS))
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            packed = _packed_logits(model, ids)
+            packed = [*_packed_logits(model, ids), *_packed_logits(model, ids, prompt_apart=True)]
             model.set_attn_implementation("eager")
             separate = _separate_logits(model, ids)
     finally:
         model.set_attn_implementation(NODE_ATTENTION)
         model.train(was_training)
-    difference = max(_relative_difference(a, b) for a, b in zip(packed, separate, strict=True))
+    expected = [*separate, *separate[1:]]
+    difference = max(_relative_difference(a, b) for a, b in zip(packed, expected, strict=True))
     if not difference <= TOLERANCES.get(model.dtype, LOW_PRECISION_TOLERANCE):
         raise _refusal(model, f"their logits differ from those of separate examples by {difference:.2g} (relative)")
     return difference
@@ -79,21 +82,31 @@ def _random_ids(model: PreTrainedModel, num_tokens: int) -> Tensor:
     return torch.randint(vocabulary_size(model), (num_tokens,), generator=generator).to(model.device)
 
 
-def _packed_logits(model: PreTrainedModel, ids: Tensor) -> Sequence[Tensor]:
+def _packed_logits(model: PreTrainedModel, ids: Tensor, *, prompt_apart: bool = False) -> Sequence[Tensor]:
+    """The logits of each node; with `prompt_apart` of all but the first, which is then computed by itself."""
     positions = torch.tensor(node_positions(NODE_LENGTHS, NODE_PARENTS), device=ids.device)
+    first, states = (1, [_prompt_states(model, ids[: NODE_LENGTHS[0]])]) if prompt_apart else (0, [])
+    start = sum(NODE_LENGTHS[:first])
     try:
         logits = model(
-            input_ids=ids[None],
-            position_ids=positions[None],
+            input_ids=ids[None, start:],
+            position_ids=positions[None, start:],
             node_lengths=NODE_LENGTHS,
             node_parents=NODE_PARENTS,
+            prompt_states=states,
             use_cache=False,
         ).logits[0]
     # a forward without these arguments, or one that does not hand them on
     except (TypeError, ValueError) as error:
         raise _refusal(model, f"its forward fails on them: {error}") from error
-    nodes: Sequence[Tensor] = logits.float().split(NODE_LENGTHS)
+    nodes: Sequence[Tensor] = logits.float().split(NODE_LENGTHS[first:])
     return nodes
+
+
+def _prompt_states(model: PreTrainedModel, ids: Tensor) -> States:
+    prompt = StepPrompt(ids[None])
+    prompt.num_batches = 1
+    return prompt.states(model.base_model)
 
 
 def _separate_logits(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from llm.training.tune.collator import IGNORE_INDEX, Batch
 
 # Rows of logits that are float32 at once: 13 MB for 49,152 ids.
 ROWS_AT_ONCE = 64
-_NOT_FOR_THE_MODEL = ("labels", "num_block_labels", "blocks")
+_NOT_FOR_THE_MODEL = ("labels", "num_block_labels", "blocks", "prompts", "known_nodes")
 
 
 def token_losses(model: nn.Module, batch: Batch, *, has_logits_to_keep: bool, label_smoothing: float = 0.0) -> Tensor:

@@ -13,9 +13,7 @@ On the CPU nothing exact was found that is much faster in float32 (2 cores, torc
 backward): a prompt of 1,147 tokens before 10 examples of 290 costs 3.5 to 4 times the attention of the same number of
 tokens that share nothing, but since each token sees so much more, not for want of a kernel. The prompt unmasked for all
 children at once and the rest apart take 0.94 of the time before they are merged, plain products and softmax 1.2; of a
-whole training step 0.97 and 1.10. In bfloat16 the heads that share keys are folded, which takes 0.8; plain products
-would take half, with 2 to 6 times the rounding error.
-`benchmarks/attention.py` has them all.
+whole training step 0.97 and 1.10. In bfloat16 `product_attention` is faster.
 """
 
 import logging
@@ -110,42 +108,56 @@ def attend_flex(
     rule: ScoreRule,
 ) -> Tensor:
     """As `attend_nodes`, in one call of FlexAttention; what no token of a tile sees is skipped."""
-    num_tokens = query.shape[2]
-    # Few different sizes: each new one may be compiled anew.
-    padding = (0, 0, 0, -num_tokens % FLEX_TILE_TOKENS)
-    query, key, value = (F.pad(states, padding) for states in (query, key, value))
+    num_queries, num_before = query.shape[2], key.shape[2] - query.shape[2]
+    mask = flex_mask(tuple(node_lengths), tuple(node_parents), rule.window, query.device, num_before)
+    query, key, value = (
+        F.pad(states, (0, 0, 0, length - states.shape[2]))
+        for states, length in zip((query, key, value), (*mask.seq_lengths, mask.seq_lengths[1]), strict=True)
+    )
     attend = flex_attention if query.device.type == "cpu" else _compiled_flex()
     output: Tensor = attend(
         query,
         key,
         value,
-        block_mask=flex_mask(tuple(node_lengths), tuple(node_parents), rule.window, query.device),
+        block_mask=mask,
         scale=rule.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output[:, :, :num_tokens]
+    return output[:, :, :num_queries]
 
 
 @lru_cache(maxsize=4)  # every layer asks, and some models have layers with a window and without
 def flex_mask(
-    node_lengths: tuple[int, ...], node_parents: tuple[int, ...], window: int | None, device: torch.device
+    node_lengths: tuple[int, ...],
+    node_parents: tuple[int, ...],
+    window: int | None,
+    device: torch.device,
+    num_before: int = 0,
 ) -> BlockMask:
     """Which token sees which, for FlexAttention, of nodes padded to whole tiles; padding sees padding only.
 
+    Queries leave out the first `num_before` tokens. Whole tiles are of few sizes: each new one may be compiled anew.
     Making it takes tokens x tokens bytes for a moment, once a batch.
     """
+    num_queries = _whole_tiles(sum(node_lengths) - num_before)
+    num_keys = _whole_tiles(num_before + num_queries)
     lengths, parents = list(node_lengths), list(node_parents)
-    if padding := -sum(lengths) % FLEX_TILE_TOKENS:
+    if padding := num_keys - sum(lengths):
         lengths, parents = [*lengths, padding], [*parents, -1]
     ranges = torch.tensor(subtree_ranges(parents)).repeat_interleave(torch.tensor(lengths), dim=0)
     first, end = ranges.to(device).unbind(1)
     position = torch.tensor(node_positions(lengths, parents), device=device)
 
-    def sees(batch: Tensor, head: Tensor, token: Tensor, other: Tensor) -> Tensor:
+    def sees(batch: Tensor, head: Tensor, query: Tensor, other: Tensor) -> Tensor:
+        token = query + num_before
         is_on_path = (first[other] <= first[token]) & (first[token] < end[other]) & (other <= token)
         return is_on_path if window is None else is_on_path & (position[token] - position[other] < window)
 
-    return create_block_mask(sees, B=None, H=None, Q_LEN=sum(lengths), KV_LEN=sum(lengths), device=device)
+    return create_block_mask(sees, B=None, H=None, Q_LEN=num_queries, KV_LEN=num_keys, device=device)
+
+
+def _whole_tiles(num_tokens: int) -> int:
+    return -(-num_tokens // FLEX_TILE_TOKENS) * FLEX_TILE_TOKENS
 
 
 @lru_cache(maxsize=1)
@@ -202,13 +214,23 @@ def kernel_difference(  # noqa: PLR0913 (all that a kernel can depend on)
         torch.randn(1, number, sum(TRIAL_LENGTHS), size, generator=generator, device=device, dtype=dtype)
         for number in (num_queries, num_keys, num_keys, num_queries)
     )
+    # Where nodes are shared also without the queries of the prompt, as `step_prompts` computes it apart.
+    firsts = (0, sum(TRIAL_LENGTHS[:2])) if max(node_parents) >= 0 else (0,)
+    return max(
+        _trial_difference(kernel, (query, key, value, gradient), first, node_parents=node_parents, rule=rule)
+        for first in firsts
+    )
+
+
+def _trial_difference(kernel: Kernel, states: Sequence[Tensor], first_query: int, **options: Any) -> float:
+    query, key, value, gradient = states
     found = []
     for attend in (kernel, attend_nodes):
-        inputs = [states.detach().clone().requires_grad_() for states in (query, key, value)]
+        inputs = [one.detach().clone().requires_grad_() for one in (query[:, :, first_query:], key, value)]
         # The first call may come under `no_grad` or inside a checkpoint, which must not count what is saved here.
         with torch.enable_grad(), saved_tensors_hooks(_same, _same):
-            output = attend(*inputs, node_lengths=TRIAL_LENGTHS, node_parents=node_parents, rule=rule)
-            found.append([output.detach(), *torch.autograd.grad(output, inputs, gradient)])
+            output = attend(*inputs, node_lengths=TRIAL_LENGTHS, **options)
+            found.append([output.detach(), *torch.autograd.grad(output, inputs, gradient[:, :, first_query:])])
     return max(_token_difference(ours, nodes) for ours, nodes in zip(*found, strict=True))
 
 

@@ -6,6 +6,7 @@ What every device can do, and what `node_kernels.py` measures other kernels by. 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -35,14 +36,24 @@ def attend_nodes(
     node_parents: Sequence[int],
     rule: ScoreRule,
 ) -> Tensor:
-    """The attention output (1, heads, tokens, head size) of one flattened batch, node by node."""
+    """The attention output (1, heads, tokens, head size) of one flattened batch, node by node.
+
+    `query` may leave out the first nodes, whose output is not asked for.
+    """
     # One split, not slices: the gradient of each slice would be a zero tensor as long as the whole batch.
-    queries, keys, values = (states.split(list(node_lengths), dim=2) for states in (query, key, value))
+    keys, values = (states.split(list(node_lengths), dim=2) for states in (key, value))
+    first = num_left_out(query, key, node_lengths)
+    queries = query.split(list(node_lengths[first:]), dim=2)
     outputs = []
-    for own, path in zip(queries, node_paths(node_parents), strict=True):
+    for own, path in zip(queries, node_paths(node_parents)[first:], strict=True):
         path_keys, path_values = [keys[node] for node in path], [values[node] for node in path]
         outputs.append(attend(own, _joined(path_keys), _joined(path_values), rule))
     return torch.cat(outputs, dim=2)
+
+
+def num_left_out(query: Tensor, key: Tensor, node_lengths: Sequence[int]) -> int:
+    """How many nodes have keys but no queries: the first ones."""
+    return list(accumulate(node_lengths, initial=0)).index(key.shape[2] - query.shape[2])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

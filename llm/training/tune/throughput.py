@@ -102,7 +102,7 @@ class StepFlops:
 def count_work(batch: Mapping[str, Any], *, num_labels: int, flops: StepFlops) -> Work:
     """What a batch is, without the seconds."""
     if "node_lengths" in batch:
-        num_tokens, parents = sum(batch["node_lengths"]), batch["node_parents"]
+        num_tokens, parents = sum(own for own, _ in _paths(batch)), batch["node_parents"]
         num_examples = len(set(range(len(parents))) - set(parents))
     else:
         num_tokens, num_examples = int(batch["attention_mask"].sum()), len(batch["input_ids"])
@@ -150,14 +150,15 @@ def _num_seen(length: int, window: int | None) -> int:
 
 
 def _paths(batch: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """Tokens of each node, and of the path that it ends."""
+    """Tokens of each node that is computed, and of the path that it ends."""
     if "node_lengths" not in batch:
         yield from ((length, length) for length in batch["attention_mask"].sum(dim=1).tolist())
         return
     ends: list[int] = []
-    for length, parent in zip(batch["node_lengths"], batch["node_parents"], strict=True):
+    for node, (length, parent) in enumerate(zip(batch["node_lengths"], batch["node_parents"], strict=True)):
         ends.append(length + (ends[parent] if parent >= 0 else 0))
-        yield length, ends[-1]
+        if node not in batch.get("known_nodes", ()):
+            yield length, ends[-1]
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -26,6 +26,7 @@ from llm.training.tune.collator import COLUMNS, Batch, flatten_blocks, pad_block
 from llm.training.tune.head import find_plain_head, summed_losses
 from llm.training.tune.loss import has_logits_to_keep, sums_by_block, token_losses
 from llm.training.tune.objective import liger_arguments
+from llm.training.tune.step_prompts import lend_prompts, share_prompts
 from llm.training.tune.throughput import StepFlops, Work, count_work, peak_flops
 from llm.training.tune.tracking import resolve_report_to, tracking_arguments
 
@@ -79,7 +80,8 @@ class BlockTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._has_logits_to_keep = has_logits_to_keep(model)
         self._has_liger = has_liger
-        self._head = find_plain_head(model) if is_flat and not self._changes_modules else None
+        self._is_plain = is_flat and not self._changes_modules
+        self._head = find_plain_head(model) if self._is_plain else None
         self.work = Work()
         """What all ranks computed."""
         self._work, self._flops = Work(), StepFlops(model)
@@ -87,6 +89,11 @@ class BlockTrainer(Trainer):
         self._eval_sums: list[tuple[Tensor, Tensor]] = []
         self._blocks = train_dataset
         self._step_losses: deque[tuple[list[int], Tensor]] = deque(maxlen=args.gradient_accumulation_steps)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
+        """The batches of a step, without the prompts that they have in common, and their trained tokens."""
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        return share_prompts(batches) if self._is_plain else batches, num_items_in_batch
 
     def compute_loss(
         self,
@@ -98,8 +105,8 @@ class BlockTrainer(Trainer):
         """This batch's share of the step's loss: its sum of token losses / `num_items_in_batch`."""
         assert num_items_in_batch is not None and not return_outputs
         # Accelerate's wrapper turns all logits into float32: what it wraps is called, under the same autocast.
-        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        loss, num_labels = self._summed_losses(model, inputs)
+        inner = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        loss, num_labels = self._summed_losses(model, lend_prompts(inputs, inner))
         self._work += count_work(inputs, num_labels=num_labels, flops=self._flops)
         self._step_losses.append((inputs["blocks"], loss.detach()))
         # A step of which no rank has a label leaves the weights as they are.
