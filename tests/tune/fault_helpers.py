@@ -16,7 +16,7 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -274,12 +274,6 @@ def join_ranks(rank: int, port: int) -> dict[str, Any]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
-
-
-def leave_ranks(exit_code: int) -> NoReturn:
-    """Ends a rank. Not by `sys.exit`: 1 in 10 then hangs or aborts, in a thread of gloo (torch 2.13)."""
-    torch.distributed.destroy_process_group()
-    os._exit(exit_code)
 
 
 def free_port() -> int:

@@ -17,7 +17,6 @@ from fault_helpers import (
     REPEAT,
     free_port,
     join_ranks,
-    leave_ranks,
     mirror_of,
     resume_and_train,
     running_process,
@@ -32,6 +31,7 @@ from llm.errors import CheckpointError, LlmTrainError
 from llm.training.tune import checkpoints
 from llm.training.tune.checkpoint_folder import list_checkpoints, newest_whole_checkpoint
 from llm.training.tune.checkpoints import CheckpointCallback
+from llm.training.tune.run import leave_ranks
 from llm.training.tune.whole_folder import MANIFEST, find_damage, read_folder_manifest
 
 NUM_KILLS = 6 * REPEAT
@@ -357,8 +357,9 @@ def train_as_rank(output: Path, rank: int, port: int) -> None:
             save(*arguments, **kwargs)
 
         torch.save = save_late
-    tiny_trainer(output, callbacks=[CheckpointCallback()], max_steps=3, **settings).train()
-    leave_ranks(0)
+    trainer = tiny_trainer(output, callbacks=[CheckpointCallback()], max_steps=3, **settings)
+    trainer.train()
+    leave_ranks(trainer)
 
 
 def test_manifest_of_two_ranks_waits_for_the_slower(tmp_path: Path) -> None:

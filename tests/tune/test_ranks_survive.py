@@ -21,6 +21,7 @@ from test_finetune import (
     run_command,
     save_base_model,
 )
+from transformers import Trainer
 
 from llm.training.config import FinetuneConfig
 from llm.training.finetune import finetune
@@ -84,6 +85,39 @@ def test_json_of_two_ranks_has_a_rank_in_each_line_and_one_summary(tmp_path: Pat
     assert [event for rank, event in told if rank == 1] == ["end"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of threads are read from /proc")
+@pytest.mark.parametrize(("max_steps", "exit_code"), [(10, 0), (10_000, 143)], ids=["whole", "interrupted"])
+def test_ranks_that_end_leave_no_thread_of_gloo(max_steps: int, exit_code: int, tmp_path: Path) -> None:
+    base = save_base_model(tmp_path / "base", "llama")
+    prepare_blocks(tmp_path, base)
+    config, port = make_config(tmp_path, base, training_arguments=STEPS | {"max_steps": max_steps}), free_port()
+    with (
+        running_process(run_rank_and_look, config, 0, port) as first,
+        running_process(run_rank_and_look, config, 1, port) as second,
+    ):
+        wait_until(lambda: num_whole(tmp_path / "out") > 0 or not first.is_alive())
+        if exit_code:
+            os.kill(int(second.pid or 0), signal.SIGTERM)
+        first.join()
+        second.join()
+        assert (first.exitcode, second.exitcode) == (exit_code, exit_code)
+
+
+def run_rank_and_look(config: FinetuneConfig, rank: int, port: int) -> None:
+    """`run_rank`, which fails when a thread of gloo is there after the Trainer's end: such a thread may wait for
+    Python's lock, and what frees it then with the lock held waits for ever (`leave_ranks`)."""
+    end = Trainer.end
+
+    def end_and_look(trainer: Trainer) -> None:
+        threads = [path for path in Path("/proc/self/task").iterdir() if "gloo" in (path / "comm").read_text()]
+        assert threads
+        end(trainer)
+        wait_until(lambda: not any(path.exists() for path in threads))  # they may be seen a moment after the join
+
+    Trainer.end = end_and_look
+    run_rank(config, rank, port)
+
+
 def run_unbroken(config: FinetuneConfig) -> None:
     """The run on two ranks without torchrun, which takes 5 seconds more to start."""
     port = free_port()
@@ -99,7 +133,6 @@ def run_rank(config: FinetuneConfig, rank: int, port: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     finetune(config)
-    os._exit(0)  # as `leave_ranks`; the group is destroyed already
 
 
 def kill_one_rank(folder: Path, config: FinetuneConfig, *, rank: int, after: int) -> None:

@@ -11,7 +11,6 @@ import pytest
 from fault_helpers import (
     free_port,
     join_ranks,
-    leave_ranks,
     running_process,
     tiny_trainer,
     train,
@@ -22,6 +21,7 @@ from transformers import TrainerCallback
 
 from llm.training.tune.checkpoint_folder import list_checkpoints, newest_whole_checkpoint
 from llm.training.tune.checkpoints import CheckpointCallback
+from llm.training.tune.run import leave_ranks
 from llm.training.tune.signals import SignalCallback
 
 
@@ -138,8 +138,7 @@ def train_until_told(output: Path, rank: int | None = None, port: int = 0) -> No
     trainer = tiny_trainer(output, callbacks=callbacks, max_steps=2000, save_steps=1000, **settings)
     trainer.train()
     (output / f"steps-{rank}").write_text(f"{trainer.state.global_step} {weights_digest(trainer.model)}")
-    if rank is not None:
-        leave_ranks(signals.exit_code)
+    leave_ranks(trainer)
     sys.exit(signals.exit_code)
 
 

@@ -5,12 +5,12 @@ import sys
 from typing import Any
 
 import torch
-from fault_helpers import leave_ranks
 from tiny_models import ARCHITECTURES, COMMON, make_packed_dataset, make_prompted_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from llm.training.tune.adapter import add_adapter
 from llm.training.tune.attention import NODE_ATTENTION
+from llm.training.tune.run import leave_ranks
 from llm.training.tune.trainer import BlockTrainer
 
 
@@ -46,6 +46,7 @@ def run(folder: str, *, is_lora: bool, is_prompted: bool, batch_size: int, accum
     )
     trainer.train()
     metrics = trainer.evaluate()
+    leave_ranks(trainer)
     return {
         "weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
         "eval_loss": metrics["eval_loss"],
@@ -60,4 +61,3 @@ if __name__ == "__main__":
     found = run(sys.argv[1], is_lora=is_lora, is_prompted=is_prompted, batch_size=2, accumulation=2)
     if found["is_main"]:
         torch.save(found, f"{sys.argv[1]}/ranks.pt")
-    leave_ranks(0)
