@@ -7,8 +7,8 @@ The first measures one layer's attention, forward and backward, in the shapes of
 second a whole training step (forward, loss, backward) of a model with LoRA of rank 16 on one block of random ids.
 The same two commands measure a GPU, where there is one: what `llm/training/tune/node_kernels.py` chooses among.
 
-    nodes      `attend_nodes`: scaled_dot_product_attention, node by node. What the ratios are to
-    chunked    CPU: `attention_chunked.py`, unmasked products with the prompt; one path's softmax, no merging
+    nodes      `attend_nodes`: node by node, what a CPU trains with. What the ratios are to
+    library    CPU, bfloat16: PyTorch's scaled_dot_product_attention node by node, in place of our products
     varlen     CUDA, 16 bits, no shared prompt: PyTorch's varlen_attn
     flex       CUDA: FlexAttention, compiled
     unmerged   CPU: the prompt for all its children in one unmasked scaled_dot_product_attention, and each node by
@@ -34,9 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:1] = [str(ROOT)]
 
-from attention_chunked import attend_chunked  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM  # noqa: E402
 
 from llm.training.tune.attention import node_mask  # noqa: E402
@@ -44,7 +43,7 @@ from llm.training.tune.collator import IGNORE_INDEX  # noqa: E402
 from llm.training.tune.loss import has_logits_to_keep, token_losses  # noqa: E402
 from llm.training.tune.node_kernels import Kernel, attend_flex, attend_varlen  # noqa: E402
 from llm.training.tune.node_sdpa import ScoreRule, attend_nodes  # noqa: E402
-from llm.training.tune.nodes import node_positions  # noqa: E402
+from llm.training.tune.nodes import node_paths, node_positions  # noqa: E402
 
 Nodes = tuple[list[int], list[int]]
 Run = Callable[[], list[Tensor]]
@@ -85,7 +84,8 @@ def main() -> None:
 
 def kernels(device: torch.device, dtype: torch.dtype, nodes: Nodes) -> dict[str, Kernel]:
     if device.type == "cpu":
-        merged: dict[str, Kernel] = {"nodes": attend_nodes, "chunked": attend_chunked}
+        merged: dict[str, Kernel] = {"nodes": attend_nodes}
+        merged |= {"library": attend_library} if dtype == torch.bfloat16 else {}
         return merged | ({"unmerged": attend_unmerged} if max(nodes[1]) >= 0 else {})
     found: dict[str, Kernel] = {"nodes": attend_nodes, "flex": attend_flex}
     if max(nodes[1]) < 0 and dtype in (torch.bfloat16, torch.float16):
@@ -113,6 +113,28 @@ def layer_runs(
         (name, kernel): lambda attend=attend: run(attend) for kernel, attend in kernels(device, dtype, nodes).items()
     }
     return runs
+
+
+def attend_library(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    node_lengths: list[int],
+    node_parents: list[int],
+    rule: ScoreRule,
+) -> Tensor:
+    """The heads that share keys as one head of as many times the queries, which PyTorch's kernel is faster with."""
+    queries, keys, values = (states.split(node_lengths, dim=2) for states in (query, key, value))
+    outputs = []
+    for own, path in zip(queries, node_paths(node_parents), strict=True):
+        path_keys, path_values = (torch.cat([some[node] for node in path], dim=2) for some in (keys, values))
+        folded = own.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+        unseen = torch.full((own.shape[2], own.shape[2]), float("-inf"), dtype=query.dtype).triu(1)
+        mask = F.pad(unseen, (path_keys.shape[2] - own.shape[2], 0)).repeat(query.shape[1] // key.shape[1], 1)
+        output = F.scaled_dot_product_attention(folded, path_keys, path_values, attn_mask=mask, scale=rule.scaling)
+        outputs.append(output.unflatten(2, (-1, own.shape[2])).flatten(1, 2))
+    return torch.cat(outputs, dim=2)
 
 
 def attend_unmerged(
