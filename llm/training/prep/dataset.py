@@ -18,6 +18,7 @@ from llm.events import libraries_told_here
 from llm.registry import call_method, resolve_method
 from llm.terminal import library_bars_hidden, working
 from llm.training.config import DatasetConfig
+from llm.training.prep.file_pages import give_unused_back
 from llm.training.prep.source_error import first_line, source_error
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ def load_dataset_config(config: DatasetConfig, *, key: str) -> "Dataset":
     loader = resolve_method(method, DATASET_METHODS, key=f"{key}.method")
     with working(f"Reading {key}"), library_bars_hidden():
         libraries_told_here()
-        return _one_split(_call_loader(loader, dict(config.kwargs), key), config, key)
+        found = _one_split(_call_loader(loader, dict(config.kwargs), key), config, key)
+    give_unused_back()
+    return found
 
 
 def load_blocks(config: DatasetConfig, *, key: str) -> "Dataset":

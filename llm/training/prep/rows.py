@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-_MAPPED_BYTES = 2**25  # of a source, before its files are mapped anew: 32 MB
+_MAPPED_BYTES = 2**23  # of a source, before its files are mapped anew: 8 MB
 _KEY = "source_config"
 # Per format: our name for a column -> its usual name in the data.
 _COLUMNS: dict[str, dict[ColumnName, str]] = {
