@@ -84,8 +84,9 @@ class Row:
 
     def answered(self, train_on: TrainOn) -> list[Message]:
         """The turns up to the last answer, each trained or not."""
-        places = [place for place, turn in enumerate(self.turns) if turn.response is not None]
-        turns = self.turns[: places[-1] + 1] if places else ()
+        turns = self.turns
+        while turns and turns[-1].response is None:
+            turns = turns[:-1]
         if train_on == "all":
             return list(turns)
         return [replace(turn, is_trained=turn.is_trained and turn is turns[-1]) for turn in turns]
