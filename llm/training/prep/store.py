@@ -25,7 +25,7 @@ from llm.prompt_format import TrainOn
 from llm.training.prep.arrays import Ints, make_lists
 from llm.training.prep.duplicates import ExampleHashes, hash_examples
 from llm.training.prep.encode import Dropped, Example, Outcome
-from llm.training.prep.file_pages import map_file
+from llm.training.prep.file_pages import give_pages_back, map_file
 from llm.training.prep.manifest import Sample
 from llm.training.prep.rows import Row
 
@@ -139,11 +139,14 @@ class Collector:
     def examples(self) -> Examples:
         """All of them; the tokens stay on disk."""
         table = pa.Table.from_batches([shard.examples for shard in self._shards], SCHEMA)
-        lengths = [shard.examples["input_ids"].value_lengths().to_numpy() for shard in self._shards]
+        lengths = [np.empty(0, dtype=np.int64)]
+        for shard in self._shards:
+            give_pages_back()  # a shard maps 64 kB to tell its lengths
+            lengths.append(np.diff(shard.examples["input_ids"].offsets.to_numpy()))
         return Examples(
             table=table,
             places=np.arange(table.num_rows),
-            lengths=np.concatenate([np.empty(0, dtype=np.int64), *lengths]),
+            lengths=np.concatenate(lengths),
             hashes=ExampleHashes.joined([shard.hashes for shard in self._shards]),
             ledger=pa.Table.from_batches([shard.ledger for shard in self._shards], pa.schema(_LEDGER)),
             samples=self._samples,
