@@ -1,9 +1,12 @@
 """Examples that are the same are found by their tokens, whatever batch they came in."""
 
+from itertools import pairwise
+
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from llm.training.prep.duplicates import first_equals, hash_examples
+from llm.training.prep.duplicates import ExampleHashes, first_equals, hash_examples
 from llm.training.prep.store import SCHEMA
 
 EXAMPLES = [
@@ -16,27 +19,25 @@ EXAMPLES = [
 ]
 
 
-def table(batch_sizes: list[int]) -> pa.Table:
+def batches(sizes: list[int]) -> list[pa.RecordBatch]:
     rows = [{"row": n, "text": "", "input_ids": i, "trained": t} for n, (i, t) in enumerate(EXAMPLES)]
-    batches, start = [], 0
-    for size in batch_sizes:
-        batches.append(pa.RecordBatch.from_pylist(rows[start : start + size], SCHEMA))
-        start += size
-    return pa.Table.from_batches(batches, SCHEMA)
+    starts = np.cumsum([0, *sizes])
+    return [pa.RecordBatch.from_pylist(rows[start:end], SCHEMA) for start, end in pairwise(starts)]
 
 
 @pytest.mark.parametrize("batch_sizes", [[6], [1] * 6, [0, 3, 0, 3, 0]])
 def test_hashes_tell_examples_and_prompts_apart_in_any_batches(batch_sizes: list[int]) -> None:
-    hashes = hash_examples(table(batch_sizes))
+    hashes = ExampleHashes.joined([hash_examples(batch) for batch in batches(batch_sizes)])
     assert hashes.whole.type == hashes.prompt.type == pa.binary(16)
     assert first_equals(hashes.whole).tolist() == [0, 1, 0, 3, 4, 5]
     assert first_equals(hashes.prompt).tolist() == [0, 0, 0, 3, 0, 0]
 
 
 def test_hashes_of_a_slice_are_those_of_its_examples() -> None:
-    whole, part = hash_examples(table([6])), hash_examples(table([6]).slice(2, 3))
+    (batch,) = batches([6])
+    whole, part = hash_examples(batch), hash_examples(batch.slice(2, 3))
     assert part.whole.to_pylist() == whole.whole.to_pylist()[2:5]
 
 
 def test_hashes_of_no_examples_are_none() -> None:
-    assert first_equals(hash_examples(table([0])).whole).tolist() == []
+    assert first_equals(ExampleHashes.joined([]).whole).tolist() == []

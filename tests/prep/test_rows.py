@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from llm.prompt_format import PromptFormat
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import DatasetConfig
 from llm.training.dataprep import prepare
-from llm.training.prep import rows as rows_module
 from llm.training.prep.encode import Dropped, Encoder, Example
+from llm.training.prep.file_pages import give_unused_back, pages_given_back
 from llm.training.prep.manifest import read_manifest
 from llm.training.prep.rows import Row, iterate_rows, load_source, with_columns
 from llm.training.tune.export import prompt_ids
@@ -58,16 +58,18 @@ def read(rows: list[dict[str, Any]], **given: Any) -> list[Row]:
 
 
 @pytest.mark.parametrize("change", [lambda d: d, lambda d: d.shuffle(seed=1), lambda d: d.select(range(3, 9))])
-def test_rows_read_from_files_that_are_mapped_anew_equal_those_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Dataset], Dataset]
+def test_rows_read_from_files_whose_pages_are_given_back_equal_those_in_memory(
+    tmp_path: Path, change: Callable[[Dataset], Dataset]
 ) -> None:
+    def rows_of(dataset: Dataset) -> Iterator[Row]:
+        for batch in iterate_rows(with_columns(change(dataset), {}), batch_size=2):
+            give_unused_back()
+            yield from batch
+
     in_memory = Dataset.from_list([{"input": f"q{n}", "response": f"r{n}", "other": n} for n in range(11)])
     in_memory.save_to_disk(tmp_path / "saved", num_shards=2)
-    monkeypatch.setattr(rows_module, "_MAPPED_BYTES", 60)  # about three rows
-    found, wanted = (
-        [row for batch in iterate_rows(with_columns(change(dataset), {}), batch_size=2) for row in batch]
-        for dataset in (Dataset.load_from_disk(tmp_path / "saved"), in_memory)
-    )
+    with pages_given_back():
+        found, wanted = map(list, map(rows_of, (Dataset.load_from_disk(tmp_path / "saved"), in_memory)))
     assert found == wanted and len(wanted) in (6, 11)
 
 

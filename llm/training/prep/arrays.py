@@ -10,7 +10,7 @@ import pyarrow as pa
 from llm.training.prep.file_pages import give_pages_back
 
 Ints = npt.NDArray[np.int64]
-_LISTS_AT_ONCE = 500  # of the few that are chosen from a file each may map 64 kB
+_LISTS_AT_ONCE = 100  # of the few that are chosen from a file each may map 64 kB
 
 
 def flatten_lists(column: pa.ChunkedArray) -> tuple[Ints, Ints]:
@@ -44,12 +44,16 @@ class FlatLists:
     def of(cls, column: pa.ChunkedArray) -> Self:
         """Copies nothing but where each list begins and how long it is: 8 bytes."""
         chunks = [_bytes_of(chunk) if pa.types.is_string(column.type) else chunk for chunk in column.chunks]
-        offsets = [chunk.offsets.to_numpy() for chunk in chunks]
-        none = np.empty(0, dtype=np.int32)
+        starts, lengths = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.int32)]
+        for chunk in chunks:
+            give_pages_back()
+            offsets = chunk.offsets.to_numpy()
+            starts.append(offsets[:-1].copy())
+            lengths.append(np.diff(offsets))
         return cls(
             values=[chunk.values.to_numpy() for chunk in chunks],
-            starts=np.concatenate([none, *(one[:-1] for one in offsets)]),
-            lengths=np.concatenate([none, *map(np.diff, offsets)]),
+            starts=np.concatenate(starts),
+            lengths=np.concatenate(lengths),
             first_rows=np.cumsum([0, *map(len, chunks)]),
         )
 

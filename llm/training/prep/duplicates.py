@@ -1,9 +1,10 @@
 """Which examples are the same: 16 bytes of hash an example, made from ids a batch at a time.
 
-Takes the examples' table, gives for each example the first one that is equal to it.
+Takes examples, gives for each one the first that is equal to it.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -23,6 +24,13 @@ class ExampleHashes:
     whole: pa.Array
     prompt: pa.Array
 
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The hashes of all `parts`, one behind the other."""
+        none = pa.array([], pa.binary(_BYTES))
+        whole, prompt = ([none, *(getattr(part, name) for part in parts)] for name in ("whole", "prompt"))
+        return cls(whole=pa.concat_arrays(whole), prompt=pa.concat_arrays(prompt))
+
     def take(self, numbers: Ints) -> Self:
         """The hashes of the examples `numbers`."""
         indices = pa.array(numbers)
@@ -39,27 +47,23 @@ class ExampleHashes:
         return hashlib.blake2b(_flat(self.whole).tobytes(), digest_size=_BYTES).hexdigest()
 
 
-def hash_examples(table: pa.Table) -> ExampleHashes:
-    """The hashes of the examples in `table` (`store.SCHEMA`).
+def hash_examples(batch: pa.RecordBatch) -> ExampleHashes:
+    """The hashes of the examples in `batch` (`store.SCHEMA`).
 
     Two examples have the same prompt when the ids before the first label are the same, and are the same when all ids
     and labels are. 3 microseconds an example of 340 tokens.
     """
+    whole, prompt = [], []
+    ids, spans = (_as_bytes(batch[name]) for name in ("input_ids", "trained"))
+    for one, trained in zip(ids, spans, strict=True):
+        prompt_bytes = int.from_bytes(trained[:4], "little") * 4
+        hashed = hashlib.blake2b(one[:prompt_bytes], digest_size=_BYTES)
+        prompt.append(hashed.digest())
+        hashed.update(trained)  # fixes where the prompt ends, too
+        hashed.update(one[prompt_bytes:])
+        whole.append(hashed.digest())
     kind = pa.binary(_BYTES)
-    parts: list[tuple[pa.Array, pa.Array]] = [(pa.array([], kind), pa.array([], kind))]
-    for batch in table.select(["input_ids", "trained"]).to_batches():
-        whole, prompt = [], []
-        ids, spans = (_as_bytes(batch[name]) for name in ("input_ids", "trained"))
-        for one, trained in zip(ids, spans, strict=True):
-            prompt_bytes = int.from_bytes(trained[:4], "little") * 4
-            hashed = hashlib.blake2b(one[:prompt_bytes], digest_size=_BYTES)
-            prompt.append(hashed.digest())
-            hashed.update(trained)  # fixes where the prompt ends, too
-            hashed.update(one[prompt_bytes:])
-            whole.append(hashed.digest())
-        parts.append((pa.array(whole, kind), pa.array(prompt, kind)))
-    wholes, prompts = (pa.concat_arrays(arrays) for arrays in zip(*parts, strict=True))
-    return ExampleHashes(whole=wholes, prompt=prompts)
+    return ExampleHashes(whole=pa.array(whole, kind), prompt=pa.array(prompt, kind))
 
 
 def first_equals(hashes: pa.Array) -> Ints:

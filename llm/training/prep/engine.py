@@ -13,6 +13,7 @@ from llm.terminal import progress_bar
 from llm.tokenizer import load_prompt_tokenizer
 from llm.training.config import DataPrepConfig, MethodConfig, kwargs_of
 from llm.training.prep.encode import DROP_ADVICE, Encoder
+from llm.training.prep.file_pages import give_unused_back
 from llm.training.prep.overlap import three_at_a_time
 from llm.training.prep.reuse import Reuse
 from llm.training.prep.rows import Source, iterate_rows
@@ -78,6 +79,7 @@ def encode_rows(source: Source, encoder: Encoder, folder: Path, *, reuse: Reuse 
     if reuse:
         reuse.end(num_rows=num_rows, num_reused=collector.num_reused_rows)
     examples = collector.examples()
+    give_unused_back()
     if not len(examples.lengths):
         reasons = {what.removeprefix("dropped: "): count for what, count in examples.counts().items()}
         told = "\n".join(f"- {reason}, {count} rows: {DROP_ADVICE[reason]}" for reason, count in reasons.items())

@@ -1,4 +1,4 @@
-"""Memory, around all stages: memory maps of our own files, whose pages are given back while they are read.
+"""Memory, around all stages: memory maps, whose pages are given back while they are read.
 
 Pages of a memory map count as memory of the process until the kernel wants them back: 1.6 GB of 200,000 rows.
 """
@@ -8,23 +8,24 @@ import mmap
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 _SECONDS_BETWEEN_LOOKS = 0.01  # in which 5 to 30 MB are read
-_MOST_BYTES = 32 << 20
+_MOST_BYTES = 16 << 20
+_MAPS = Path("/proc/self/maps")
 _SIZES = Path("/proc/self/statm")  # in pages: all, in memory, of these in memory from files
 
 
 class _Map:
-    """A file in memory, as long as any buffer of it is used."""
+    """Where a file is in memory: `size` bytes at `address`, which stay there as long as `_owner` is used."""
 
-    def __init__(self, path: Path) -> None:
-        with pa.memory_map(str(path)) as file:
-            self.whole: pa.Buffer = file.read_buffer()
+    def __init__(self, address: int, size: int, owner: object) -> None:
+        self.address, self.size, self._owner = address, size, owner
 
 
 class _FilePages:
@@ -36,25 +37,30 @@ class _FilePages:
         self._most = sys.maxsize
 
     def map_file(self, path: Path) -> pa.Buffer:
-        mapped = _Map(path)
+        with pa.memory_map(str(path)) as file:
+            whole = file.read_buffer()
+        mapped = _Map(whole.address, whole.size, whole)
+        self.add([mapped])
+        return pa.foreign_buffer(whole.address, whole.size, base=mapped)
+
+    def add(self, maps: Iterable[_Map]) -> None:
         with self._lock:
-            self._maps.add(mapped)
-        return pa.foreign_buffer(mapped.whole.address, mapped.whole.size, base=mapped)
+            self._maps.update(maps)
 
     def limit(self) -> None:
-        """Allows 32 MB more than there are now, most of which are libraries."""
+        """Allows 16 MB more than there are now, most of which are libraries."""
         self._most = _num_pages() + _MOST_BYTES // mmap.PAGESIZE
 
     def lift(self) -> None:
         self._most = sys.maxsize
 
-    def give_back(self) -> None:
-        if self._most < sys.maxsize and _num_pages() > self._most:
+    def give_back(self, *, at_once: bool = False) -> None:
+        if self._most < sys.maxsize and (at_once or _num_pages() > self._most):
             # Not `mmap`, which keeps a file open for each map: 1,024 are allowed. PyDLL keeps Python's lock.
             madvise = ctypes.PyDLL(None).madvise
             with self._lock:
                 for mapped in self._maps:
-                    place, size = ctypes.c_void_p(mapped.whole.address), ctypes.c_size_t(mapped.whole.size)
+                    place, size = ctypes.c_void_p(mapped.address), ctypes.c_size_t(mapped.size)
                     madvise(place, size, mmap.MADV_DONTNEED)
             self.limit()
 
@@ -67,9 +73,35 @@ def map_file(path: Path) -> pa.Buffer:
     return _pages.map_file(path)
 
 
+@contextmanager
+def maps_given_back(table: pa.Table, paths: Collection[str]) -> Iterator[None]:
+    """Within, what is read of `table` is given back, too, where it lies in maps of the files `paths`."""
+    chunks = [chunk for column in table.columns for chunk in column.chunks]
+    places = np.sort([buffer.address for chunk in chunks for buffer in chunk.buffers() if buffer])
+    held = []
+    for start, size in _read_only_maps(paths):
+        # Another map of these files may end at any time, and its place be used anew; one that `table` is in does not.
+        first, last = np.searchsorted(places, (start, start + size))
+        held += [_Map(start, size, table)] if first < last else []
+    _pages.add(held)
+    yield
+    held.clear()
+
+
 def give_pages_back() -> None:
-    """Lets go of what was read of `map_file` when that is more than 32 MB; who reads on gets it from the file again."""
+    """Lets go of what was read of such maps when that is more than 16 MB; who reads on gets it from the file again."""
     _pages.give_back()
+
+
+def give_unused_back() -> None:
+    """Lets go of what the stage before has read and what its allocators keep for more: 50 to 90 MB each.
+
+    Of 200,000 rows: once they are read, tokenized, written and reported.
+    """
+    pa.default_memory_pool().release_unused()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
+        trim(0)
+    _pages.give_back(at_once=True)
 
 
 @contextmanager
@@ -93,6 +125,15 @@ def pages_given_back() -> Iterator[None]:
 def _watch(done: threading.Event) -> None:
     while not done.wait(_SECONDS_BETWEEN_LOOKS):
         give_pages_back()
+
+
+def _read_only_maps(paths: Collection[str]) -> Iterator[tuple[int, int]]:
+    """Address and size of each place where one of the files is mapped."""
+    for line in _MAPS.read_text().splitlines() if _MAPS.exists() else ():
+        place, rights, *_, path = line.split(maxsplit=5)
+        if rights.startswith("r--") and path in paths:
+            start, end = (int(edge, 16) for edge in place.split("-"))
+            yield start, end - start
 
 
 def _num_pages() -> int:

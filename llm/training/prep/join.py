@@ -66,13 +66,12 @@ def last_cut(text: str, tokenizer: PromptTokenizer) -> int:
 def _join_all(joints: Sequence[_Joint], tokenizer: PromptTokenizer) -> list[JoinedIds]:
     start = _common_start([joint.head for joint in joints if not joint.lead], tokenizer)
     heads = [joint.head[len(start) :] if not joint.lead else joint.head for joint in joints]
-    texts = dict.fromkeys([start, *heads])
-    for joint in joints:
-        texts[joint.tail] = texts[joint.tail + joint.response] = None
+    wholes = [joint.tail + joint.response for joint in joints]
+    texts = dict.fromkeys([start, *heads, *(joint.tail for joint in joints), *wholes])
     ids_of = dict(zip(texts, tokenizer.encode(list(texts)), strict=True))
     found: list[JoinedIds] = []
-    for joint, head in zip(joints, heads, strict=True):
-        tail, whole = ids_of[joint.tail], ids_of[joint.tail + joint.response]
+    for joint, head, text in zip(joints, heads, wholes, strict=True):
+        tail, whole = ids_of[joint.tail], ids_of[text]
         is_prefix = whole[: len(tail)] == tail
         response = whole[len(tail) :] if is_prefix else _anchored(joint, tail, whole, tokenizer)
         prompt = ids_of[head] + tail

@@ -147,8 +147,8 @@ class Report:
 def make_report(manifest: Manifest, examples: Examples, ledger: pa.Table, encoder: Encoder) -> Report:
     """The report of a finished preparation of `examples`; `ledger` as `make_ledgers` gives it."""
     counts = manifest.counts
-    ledger = ledger.filter(pc.equal(ledger["split"], examples.split).fill_null(True))
-    kept = ledger.filter(pc.not_equal(ledger["outcome"], "dropped"))
+    of_split = pc.equal(ledger["split"], examples.split)  # null for a dropped row
+    kept = ledger.filter(of_split)
     edges, lengths = _lengths(kept)
     return Report(
         base_model=manifest.base_model,
@@ -166,7 +166,7 @@ def make_report(manifest: Manifest, examples: Examples, ledger: pa.Table, encode
         duplicates=_duplicates(examples),
         bin_edges=edges,
         lengths=lengths,
-        longest=_longest(ledger),
+        longest=_longest(ledger, of_split.fill_null(True)),
         examples=_shown_examples(examples, kept, encoder),
     )
 
@@ -200,13 +200,14 @@ def _duplicates(examples: Examples) -> Duplicates:
     )
 
 
-def _longest(ledger: pa.Table) -> list[LongRow]:
+def _longest(ledger: pa.Table, flags: pa.ChunkedArray) -> list[LongRow]:
     if "draw" in ledger.column_names:  # a row that is seen twice is one row
-        ledger = ledger.filter(pc.equal(ledger["draw"].fill_null(0), 0))
-    num_tokens = ledger["num_tokens"].fill_null(0).to_numpy()
+        flags = pc.and_(flags, pc.equal(ledger["draw"].fill_null(0), 0))
+    num_tokens = pc.if_else(flags, ledger["num_tokens"].fill_null(0), 0).to_numpy()
     order = np.argsort(-num_tokens, kind="stable")[:_NUM_LONGEST]
     names = ("row", "num_tokens", "num_prompt_tokens", "num_trained_tokens")
-    found = ledger.take(order[num_tokens[order] > 0]).to_pylist()
+    # One after the other, and below: `Table.take` copies all columns first, 260 MB where there are 200,000 rows.
+    found = [row for place in order[num_tokens[order] > 0].tolist() for row in ledger.slice(place, 1).to_pylist()]
     return [
         LongRow(**{name: row[name] for name in names}, outcome=": ".join(filter(None, (row["outcome"], row["reason"]))))
         for row in found
@@ -272,7 +273,6 @@ def _summary(lengths: Ints, edges: Ints) -> Lengths:
 def _shown_examples(examples: Examples, kept: pa.Table, encoder: Encoder) -> list[ShownExample]:
     chosen = _chosen(kept)
     table = examples.table.select(["row", "input_ids", "trained"])
-    # One after the other: `Table.take` copies all columns first, 260 MB where there are 200,000 rows.
     found = [row for place in examples.places[list(chosen)].tolist() for row in table.slice(place, 1).to_pylist()]
     same = _num_same([one["input_ids"][: one["trained"][0]] for one in found])
     shown = []

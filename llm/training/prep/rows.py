@@ -12,7 +12,6 @@ A message of `messages` or `conversations` may be of either kind.
 """
 
 import logging
-import pickle
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,13 +25,13 @@ from llm.prompt import Message
 from llm.prompt_format import TrainOn
 from llm.training.config import ColumnName, DatasetConfig, OnBadRow, RowFormat
 from llm.training.prep.dataset import is_text, load_dataset_config
+from llm.training.prep.file_pages import maps_given_back
 from llm.training.prep.messages import null_text, parse_message, parse_objects
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-_MAPPED_BYTES = 2**25  # of a source, before its files are mapped anew: 32 MB
 _KEY = "source_config"
 # Per format: our name for a column -> its usual name in the data.
 _COLUMNS: dict[str, dict[ColumnName, str]] = {
@@ -84,8 +83,9 @@ class Row:
 
     def answered(self, train_on: TrainOn) -> list[Message]:
         """The turns up to the last answer, each trained or not."""
-        places = [place for place, turn in enumerate(self.turns) if turn.response is not None]
-        turns = self.turns[: places[-1] + 1] if places else ()
+        turns = self.turns
+        while turns and turns[-1].response is None:
+            turns = turns[:-1]
         if train_on == "all":
             return list(turns)
         return [replace(turn, is_trained=turn.is_trained and turn is turns[-1]) for turn in turns]
@@ -198,16 +198,10 @@ def _own_rows(source: Source, batch_size: int) -> Iterator[list[Row]]:
 
 
 def _tables(source: Source, batch_size: int) -> Iterator[pa.Table]:
-    """The columns of `source` that are used, `batch_size` rows at a time.
-
-    Pickled and back, a data set maps its files anew: the pages of the old maps are no memory of this process any more.
-    """
+    """The columns of `source` that are used, `batch_size` rows at a time."""
     whole = source.dataset.select_columns(list(source.columns.values())).with_format("arrow")
-    is_mapped, size = bool(whole.cache_files), max(1, whole.data.nbytes)
-    num_rows = max(1, _MAPPED_BYTES * len(whole) // size // batch_size) * batch_size
-    for start in range(0, len(whole), num_rows):
-        part = whole.select(range(start, min(start + num_rows, len(whole))))
-        yield from (pickle.loads(pickle.dumps(part)) if is_mapped else part).iter(batch_size=batch_size)
+    with maps_given_back(whole.data.table, [file["filename"] for file in whole.cache_files]):
+        yield from whole.iter(batch_size=batch_size)
 
 
 def _values(table: pa.Table, column: str, start: int, key: str) -> list[Any]:

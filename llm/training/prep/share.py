@@ -156,5 +156,8 @@ class _Tokens:
 
 def _first_labels(trained: pa.ChunkedArray) -> Ints:
     """The place of the first label of each example."""
-    firsts = [chunk.values.to_numpy()[chunk.offsets.to_numpy()[:-1]] for chunk in trained.chunks]
-    return np.concatenate(firsts or [np.empty(0)]).astype(np.int64)
+    firsts = [np.empty(0, dtype=np.int64)]
+    for chunk in trained.chunks:
+        give_pages_back()
+        firsts.append(chunk.values.to_numpy()[chunk.offsets.to_numpy()[:-1]])
+    return np.concatenate(firsts, dtype=np.int64)

@@ -25,7 +25,7 @@ from llm.prompt_format import TrainOn
 from llm.training.prep.arrays import Ints, make_lists
 from llm.training.prep.duplicates import ExampleHashes, hash_examples
 from llm.training.prep.encode import Dropped, Example, Outcome
-from llm.training.prep.file_pages import map_file
+from llm.training.prep.file_pages import give_pages_back, map_file
 from llm.training.prep.manifest import Sample
 from llm.training.prep.rows import Row
 
@@ -74,16 +74,21 @@ class Examples:
 
     def counts(self) -> Counter[str]:
         """Rows by outcome: `kept`, `cut` (kept in part), `dropped: <reason>`."""
-        reasons = zip(self.ledger["outcome"].to_pylist(), self.ledger["reason"].to_pylist(), strict=True)
-        return Counter(f"{outcome}: {reason}" if outcome == "dropped" else outcome for outcome, reason in reasons)
+        groups = self.ledger.group_by(["outcome", "reason"], use_threads=False)  # else in any order
+        found = groups.aggregate([([], "count_all")]).to_pylist()
+        return Counter({": ".join(filter(None, (one["outcome"], one["reason"]))): one["count_all"] for one in found})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What became of one batch of rows: `examples` (of SCHEMA) and a ledger line for each row, both memory-mapped."""
+    """What became of one batch of rows: `examples` (of SCHEMA) and a ledger line for each row, both memory-mapped.
+
+    Hashed where threads make it, 0.1 s of 20,000 rows.
+    """
 
     examples: pa.RecordBatch
     ledger: pa.RecordBatch
+    hashes: ExampleHashes
     digest: str
     is_reused: bool
 
@@ -102,14 +107,16 @@ class ShardStore:
         found = _read(ledger), _read(examples)
         if is_made := None in found:
             outcomes = encode(rows)
-            for path, batch in ((examples, _examples_batch(outcomes)), (ledger, _ledger_batch(rows, outcomes))):
+            made = _examples_batch(outcomes)
+            for path, batch in ((examples, made), (ledger, _ledger_batch(rows, outcomes))):
                 write_whole(path, functools.partial(_write, batch))
-            found = _read(ledger), _read(examples)
+            hashes, found = hash_examples(made), (_read(ledger), _read(examples))
         else:
+            hashes = hash_examples(found[1])
             for path in (examples, ledger):
                 os.utime(path)  # used: `reuse.py` removes what long was not
         assert found[0] is not None and found[1] is not None
-        return Shard(examples=found[1], ledger=found[0], digest=digest, is_reused=not is_made)
+        return Shard(examples=found[1], ledger=found[0], hashes=hashes, digest=digest, is_reused=not is_made)
 
 
 class Collector:
@@ -132,12 +139,15 @@ class Collector:
     def examples(self) -> Examples:
         """All of them; the tokens stay on disk."""
         table = pa.Table.from_batches([shard.examples for shard in self._shards], SCHEMA)
-        lengths = [shard.examples["input_ids"].value_lengths().to_numpy() for shard in self._shards]
+        lengths = [np.empty(0, dtype=np.int64)]
+        for shard in self._shards:
+            give_pages_back()  # a shard maps 64 kB to tell its lengths
+            lengths.append(np.diff(shard.examples["input_ids"].offsets.to_numpy()))
         return Examples(
             table=table,
             places=np.arange(table.num_rows),
-            lengths=np.concatenate([np.empty(0, dtype=np.int64), *lengths]),
-            hashes=hash_examples(table),
+            lengths=np.concatenate(lengths),
+            hashes=ExampleHashes.joined([shard.hashes for shard in self._shards]),
             ledger=pa.Table.from_batches([shard.ledger for shard in self._shards], pa.schema(_LEDGER)),
             samples=self._samples,
             source_fingerprint=hashlib.blake2b(

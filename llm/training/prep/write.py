@@ -16,7 +16,7 @@ from llm.terminal import library_bars_hidden, progress_bar, working
 from llm.training.config import DataPrepConfig, MethodConfig
 from llm.training.config_file import saved_data, saved_text
 from llm.training.prep.blocks import BLOCK_SCHEMA
-from llm.training.prep.file_pages import map_file
+from llm.training.prep.file_pages import give_unused_back, map_file
 from llm.training.prep.manifest import Manifest, write_manifest
 from llm.training.prep.report import Report
 from llm.training.prep.report_page import render_page
@@ -52,6 +52,7 @@ def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path, *, num_blocks:
             advance(batch.num_rows)
     with path.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    give_unused_back()
     table = pa.ipc.open_stream(map_file(path)).read_all()
     return Dataset(MemoryMappedTable(table, str(path)), fingerprint=fingerprint)
 
@@ -61,12 +62,14 @@ def write_dataset(blocks: "Dataset", writer: MethodConfig, target: Target) -> No
     method = resolve_method(writer.method, DATASET_WRITERS, key=f"{KEY}.method")
     with working("Writing"), library_bars_hidden():
         call_method(method, blocks, kwargs={**writer.kwargs, target.path_key: target.path}, key=KEY)
+    give_unused_back()
 
 
 def write_records(
     ledger: pa.Table, report: Report, *, manifest: Manifest, config: DataPrepConfig, target: Target
 ) -> None:
     """Ledger, resolved config, report and then the manifest, beside the blocks: now the data set is complete."""
+    give_unused_back()
     with fsspec.open(target.ledger_path, "wb") as file:
         pq.write_table(ledger, file)
     texts = {
