@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def main() -> None:
         source = getattr(given, name)
         if source is None or (given.quality and name != QUALITY.name):
             continue
-        task = QUALITY if given.quality else TASKS[name]
+        task = QUALITY if given.quality else replace(TASKS[name], num_rows=given.rows or TASKS[name].num_rows)
         with tempfile.TemporaryDirectory() as folder:
             prepared = prepare(task, source, Path(folder), given.model)
             sides = chosen_sides(task, prepared, given)
@@ -125,6 +125,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--attention", default="sdpa", help="of TRL and the plain Trainer, e.g. flash_attention_2")
+    parser.add_argument("--rows", type=int, help="of the task, and so of a step; else 16 of GSM8K, 8 of PubMedQA")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--passes", type=int, default=1, help="optimizer steps of a run, each over all rows")
     parser.add_argument("--sides", nargs="+", help="only these, e.g. --sides ours 'TRL packed'")

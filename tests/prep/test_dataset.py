@@ -1,10 +1,12 @@
 """Stage 1: rows from every kind of source, and what is said of those that cannot be used."""
 
 import csv
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -104,6 +106,28 @@ def test_one_split_of_a_saved_dict_is_found_as_the_error_says(tmp_path: Path) ->
         load_source(method("load_from_disk", dataset_path=folder))
     assert rows_of(method("load_from_disk", dataset_path=f"{folder}/train")) == expected(ROWS)
     assert len(rows_of(method("load_path", path=folder, split="test"))) == 1
+
+
+@pytest.mark.parametrize("is_named_by_builder", [True, False])
+@pytest.mark.parametrize("given", [{}, {"batch_size": 7}])
+def test_parquet_is_read_piece_by_piece_unless_the_user_says_otherwise(
+    is_named_by_builder: bool, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "rows.parquet")
+    Dataset.from_list(some_rows(3)).to_parquet(path)
+    named = {"path": "parquet", "data_files": path, "split": "train"} if is_named_by_builder else {"path": path}
+    asked: dict[str, Any] = {}
+    load_dataset = datasets.load_dataset
+
+    @functools.wraps(load_dataset)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        asked.update(kwargs)
+        return load_dataset(*args, **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", noted)
+    rows = load_dataset_config(DatasetConfig(method="load_dataset", kwargs=named | given), key="source_config")
+    assert len(rows) == 3 and asked["batch_size"] == given.get("batch_size", 1000)
+    assert not asked["fragment_scan_options"].pre_buffer
 
 
 def test_own_function_gives_the_rows() -> None:

@@ -53,6 +53,7 @@ def test_products_equal_the_textbook_as_nearly_as_the_library(
     shape: Sequence[int], scaling: float | None, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(product_attention, "SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(product_attention, "LEAST_QUERIES", 4)
     states = random_states(shape)
     expected = results(library, random_states(shape, torch.float64), scaling=scaling)
     ours = results(attend_by_products, states, scaling=scaling)
