@@ -66,6 +66,8 @@ def share_prompts(batches: Sequence[Batch]) -> list[Batch]:
     and `node_parents`, and `known_nodes`: which of these a batch before them computes. A prompt is what a block of the
     step shares among its examples; where that would save less than LEAST_SAVED the batches stay as they are.
     """
+    if all(parent < 0 for batch in batches for parent in batch["node_parents"]):
+        return list(batches)
     uses = _uses([root for number, batch in enumerate(batches) for root in _roots(number, batch)])
     order = sorted(range(len(batches)), key=lambda number: max(uses[number].values(), key=len, default=b""))
     kept = _kept([batches[number] for number in order], [list(uses[number].values()) for number in order])
@@ -108,7 +110,7 @@ class _Root:
 def _roots(number: int, batch: Batch) -> Iterator[_Root]:
     """What may begin with a prompt: up to the token from which the first label is predicted, or whole if shared."""
     parents = set(batch["node_parents"])
-    ids, labels = (batch[name][0].split(batch["node_lengths"]) for name in ("input_ids", "labels"))
+    ids, labels = (batch[name][0].cpu().split(batch["node_lengths"]) for name in ("input_ids", "labels"))
     for node, parent in enumerate(batch["node_parents"]):
         if parent < 0:
             trained = (labels[node] != IGNORE_INDEX).nonzero()
@@ -117,7 +119,7 @@ def _roots(number: int, batch: Batch) -> Iterator[_Root]:
             yield _Root(
                 batch=number,
                 node=node,
-                ids=ids[node].cpu().numpy().tobytes(),
+                ids=ids[node].numpy().tobytes(),
                 num_prompt=len(ids[node]) if is_shared else num_alone - 1,
                 is_shared=is_shared,
             )
@@ -138,7 +140,7 @@ def _kept(batches: Sequence[Batch], prompts: Sequence[list[bytes]]) -> set[bytes
     """The prompts that can be kept from their first batch to their last without more tokens in memory at once."""
     live = [_num_tokens(batch) for batch in batches]
     most, kept = max(live, default=0), set()
-    for ids in sorted({ids for some in prompts for ids in some}):
+    for ids in sorted({ids for some in prompts for ids in some}, key=lambda ids: (-len(ids), ids)):
         times = [some.count(ids) for some in prompts]
         users = [number for number, num_uses in enumerate(times) if num_uses]
         changed = {n: live[n] + _size(ids) * (1 - times[n]) for n in range(users[0], users[-1] + 1)}
