@@ -122,14 +122,21 @@ def test_batches_without_a_common_prompt_stay_as_they_are(blocks: list[dict[str,
     assert all(left is right for left, right in zip(share_prompts(batches), batches, strict=True))
 
 
-def test_prompt_that_would_have_to_wait_beside_longer_batches_is_computed_by_each() -> None:
-    """Both prompts of the middle batch, and it, would be in memory at once: more than any batch alone."""
+def test_prompt_that_would_have_to_be_kept_beside_the_longest_batch_is_computed_by_each() -> None:
+    """The long batch stands between those that begin with OTHER, since it has PROMPT in common with the first."""
     both = [*examples(PROMPT, 3, 2), (OTHER, -1, 0), ([60, 61, 62], 3, 2), ([63, 64], 3, 1)]
-    batches = batches_of([block(examples(PROMPT, 3, 2)), block(both), block(examples(OTHER, 3, 2))])
+    batches = batches_of([block(both), block(examples(PROMPT, 25, 20)), block(examples(OTHER, 3, 2))])
     shared = share_prompts(batches)
-    assert max(live_tokens(shared)) <= max(map(num_tokens, batches))
-    long = batches_of([block(examples(PROMPT, 4, 2)), block(examples(PROMPT, 4, 2)), block(examples(OTHER, 4, 2))] * 2)
-    assert sum(map(num_tokens, share_prompts(long))) == 6 * 6 and max(live_tokens(share_prompts(long))) == 18
+    assert [batch["blocks"] for batch in shared] == [[0], [1], [2]]
+    assert [len(batch.get("prompts", ())) for batch in shared] == [1, 1, 0]
+    assert max(live_tokens(shared)) == max(map(num_tokens, batches)) == 57
+
+
+def test_prompts_of_blocks_by_turns_are_kept_one_after_the_other() -> None:
+    batches = batches_of([block(examples(prompt, 4, 2)) for prompt in (PROMPT, OTHER, PROMPT, OTHER)])
+    shared = share_prompts(batches)
+    assert [batch["blocks"] for batch in shared] == [[0], [2], [1], [3]]
+    assert sum(map(num_tokens, shared)) == 4 * 6 and max(live_tokens(shared)) == 18
 
 
 def num_tokens(batch: Batch) -> int:
