@@ -73,6 +73,15 @@ def test_products_do_not_keep_scores_and_use_their_memory_again() -> None:
     assert all(map(torch.equal, first, results(attend_by_products, states)))
 
 
+def test_products_train_after_they_were_first_asked_for_under_inference_mode() -> None:
+    states = random_states((1, 6, 2, 30, 64))
+    product_attention._memory.__init__()
+    product_attention._later.cache_clear()
+    with torch.inference_mode():  # an evaluation before: what it made serves training, too
+        first = attend_by_products(*states[:3])
+    assert torch.equal(first, results(attend_by_products, states)[0])
+
+
 def test_products_are_the_same_under_autocast_and_leave_the_precision_of_others() -> None:
     states = random_states((1, 6, 2, 20, 90))
     plain = results(attend_by_products, states)

@@ -4,13 +4,14 @@ PyTorch's kernel multiplies small tiles, at a fifth of the speed that oneDNN has
 float32, sums of bfloat16 products as in the kernel. They live for one tile of queries, in the forward and again in the
 backward pass, so memory does not grow with the square of the tokens.
 
-Forward and backward it takes 0.65 to 1 of the time, the less the more tokens are seen (2 cores with avx512_bf16, torch
+Forward and backward it takes 0.7 to 1 of the time, the less the more tokens are seen (2 cores with avx512_bf16, torch
 2.13); `benchmarks/attention.py --dtype bfloat16` measures it.
 """
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -89,9 +90,16 @@ def _weights(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     num_heads, times, num_own, _ = queries.shape
     shape = num_heads, times * num_own, keys.shape[1]
     scores = torch.bmm((queries * scaling).flatten(1, 2), keys.mT, out=_memory.scores("scores", shape))
-    later = torch.full((num_own, num_own), float("-inf")).triu_(1)
+    later = _later(1 << (num_own - 1).bit_length())[:num_own, :num_own]
     scores.unflatten(1, (times, num_own))[..., -num_own:].add_(later)
     return torch.softmax(scores, dim=-1, out=_memory.scores("weights", shape))
+
+
+@lru_cache(maxsize=4)  # of few sizes, of which each tile of each layer takes a part
+def _later(size: int) -> Tensor:
+    """-inf where a token would see a later one, (size, size)."""
+    with torch.inference_mode(False):  # as below
+        return torch.full((size, size), float("-inf")).triu_(1)
 
 
 class _Memory(threading.local):
@@ -103,7 +111,8 @@ class _Memory(threading.local):
     def scores(self, name: str, shape: tuple[int, ...]) -> Tensor:
         size = torch.Size(shape).numel()
         if name not in self._kept or self._kept[name].numel() < size:
-            self._kept[name] = torch.empty(max(size, SCORES_AT_ONCE))
+            with torch.inference_mode(False):  # whoever asks first, others need a gradient
+                self._kept[name] = torch.empty(max(size, SCORES_AT_ONCE))
         return self._kept[name][:size].view(shape)
 
 
