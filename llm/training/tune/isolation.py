@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from llm.errors import ConfigError
 from llm.training.tune.attention import NODE_ATTENTION, States
 from llm.training.tune.nodes import node_paths, node_positions
-from llm.training.tune.step_prompts import StepPrompt
+from llm.training.tune.step_prompts import StepPrompt, lend_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _random_ids(model: PreTrainedModel, num_tokens: int) -> Tensor:
 def _packed_logits(model: PreTrainedModel, ids: Tensor, *, prompt_apart: bool = False) -> Sequence[Tensor]:
     """The logits of each node; with `prompt_apart` of all but the first, which is then computed by itself."""
     positions = torch.tensor(node_positions(NODE_LENGTHS, NODE_PARENTS), device=ids.device)
-    first, states = (1, [_prompt_states(model, ids[: NODE_LENGTHS[0]])]) if prompt_apart else (0, [])
+    first, states = (1, _prompt_states(model, ids[: NODE_LENGTHS[0]])) if prompt_apart else (0, [])
     start = sum(NODE_LENGTHS[:first])
     try:
         logits = model(
@@ -103,10 +103,11 @@ def _packed_logits(model: PreTrainedModel, ids: Tensor, *, prompt_apart: bool = 
     return nodes
 
 
-def _prompt_states(model: PreTrainedModel, ids: Tensor) -> States:
+def _prompt_states(model: PreTrainedModel, ids: Tensor) -> list[States]:
     prompt = StepPrompt(ids[None])
     prompt.num_batches = 1
-    return prompt.states(model.base_model)
+    states: list[States] = lend_prompts({"prompts": [prompt]}, model)["prompt_states"]  # as in training
+    return states
 
 
 def _separate_logits(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:

@@ -12,8 +12,8 @@ and one that fails or differs gives way to it, with a warning. `benchmarks/atten
 On the CPU nothing exact was found that is much faster in float32 (2 cores, torch 2.13, SmolLM2-135M, forward and
 backward): a prompt of 1,147 tokens before 10 examples of 290 costs 3.5 to 4 times the attention of the same number of
 tokens that share nothing, but since each token sees so much more, not for want of a kernel. The prompt unmasked for all
-children at once and the rest apart take 0.94 of the time before they are merged, plain products and softmax 1.2; of a
-whole training step 0.97 and 1.10. In bfloat16 `product_attention` is faster.
+children at once and the rest apart take 0.94 of the time before they are merged; of a whole training step 0.97
+(`benchmarks/attention.py`). In bfloat16 `product_attention` is faster.
 """
 
 import logging

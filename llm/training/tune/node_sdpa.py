@@ -42,7 +42,7 @@ def attend_nodes(
     """
     # One split, not slices: the gradient of each slice would be a zero tensor as long as the whole batch.
     keys, values = (states.split(list(node_lengths), dim=2) for states in (key, value))
-    first = num_left_out(query, key, node_lengths)
+    first = _num_left_out(query, key, node_lengths)
     queries = query.split(list(node_lengths[first:]), dim=2)
     outputs = []
     for own, path in zip(queries, node_paths(node_parents)[first:], strict=True):
@@ -51,7 +51,7 @@ def attend_nodes(
     return torch.cat(outputs, dim=2)
 
 
-def num_left_out(query: Tensor, key: Tensor, node_lengths: Sequence[int]) -> int:
+def _num_left_out(query: Tensor, key: Tensor, node_lengths: Sequence[int]) -> int:
     """How many nodes have keys but no queries: the first ones."""
     return list(accumulate(node_lengths, initial=0)).index(key.shape[2] - query.shape[2])
 
