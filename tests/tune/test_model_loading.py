@@ -15,6 +15,7 @@ from llm.training.tune import base_model, quantization, tracking
 from llm.training.tune.adapter import add_adapter
 from llm.training.tune.attention import NODE_ATTENTION
 from llm.training.tune.base_model import load_base_model, load_tokenizer, resolve_precision
+from llm.training.tune.lean_modules import RMSNorm
 from llm.training.tune.quantization import quantization_config
 from llm.training.tune.trainer import merged_arguments, training_arguments
 
@@ -89,6 +90,14 @@ def test_loaded_model_has_our_attention_and_no_cache(tmp_path: Path, caplog: pyt
     assert model.config._attn_implementation == NODE_ATTENTION and not model.config.use_cache
     assert model.dtype is torch.float32
     assert "float32 weights (as `torch_dtype` says)" in caplog.text
+
+
+def test_loaded_model_has_lean_modules_unless_it_is_compiled(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    for is_compiled in (False, True):
+        given = {"training_arguments": {"torch_compile": is_compiled}}
+        model = load_base_model(make_config(base_model=str(tmp_path), torch_dtype="float32", **given))
+        assert any(isinstance(module, RMSNorm) for module in model.modules()) is not is_compiled
 
 
 @pytest.mark.parametrize("path", ["./no/such", "/no/such", "models/a/b"])

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm.training.tune.attention import NODE_ATTENTION
+from llm.training.tune.lean_modules import use_lean_modules
 from llm.training.tune.nodes import node_positions
 
 VOCAB_SIZE = 97
@@ -49,11 +50,18 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 def make_model(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
-    """A tiny model of `architecture` with our attention, in eval mode; `changes` are of its configuration."""
+    """A tiny model of `architecture` as it is trained, in eval mode; `changes` are of its configuration."""
+    model = make_plain_model(architecture, **changes)
+    model.set_attn_implementation(NODE_ATTENTION)
+    use_lean_modules(model)
+    return model
+
+
+def make_plain_model(architecture: str, **changes: Any) -> PreTrainedModel:
+    """The same model as the library makes it."""
     settings = COMMON | (ARCHITECTURES | REFUSED)[architecture] | changes
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
-    model.set_attn_implementation(NODE_ATTENTION)
     model.config.use_cache = False
     return model.eval()  # type: ignore[no-any-return]
 

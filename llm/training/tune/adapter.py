@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llm.errors import ConfigError, did_you_mean
+from llm.training.tune.lean_modules import LoraLinear
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,14 @@ def add_adapter(
         # Checkpointing follows `training_arguments`, not the quantization.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
+        config = LoraConfig(**settings)
+        if not getattr(model, "is_quantized", False):
+            # https://huggingface.co/docs/peft/developer_guides/custom_models; nothing of it is saved
+            config._register_custom_module({nn.Linear: LoraLinear})
         with warnings.catch_warnings():
             # peft 0.21.2 reads a name that transformers 5.23 renamed; delete when peft does not.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            adapted = get_peft_model(model, LoraConfig(**settings))
+            adapted = get_peft_model(model, config)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora_config: {error}") from error
     trained, total = adapted.get_nb_trainable_parameters()

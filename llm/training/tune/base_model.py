@@ -14,6 +14,7 @@ from llm.errors import ConfigError, loading_reason
 from llm.model_registry import check_hub_answers, check_is_reachable
 from llm.training.config import FinetuneConfig
 from llm.training.tune.attention import NODE_ATTENTION
+from llm.training.tune.lean_modules import use_lean_modules
 from llm.training.tune.quantization import quantization_config
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def load_base_model(config: FinetuneConfig) -> PreTrainedModel:
         )
     model.set_attn_implementation(NODE_ATTENTION)
     model.config.use_cache = False
+    if not config.training_arguments.get("torch_compile"):  # which does the same, and cannot look into them
+        use_lean_modules(model)
     return model
 
 

@@ -1,0 +1,139 @@
+"""Modules of base model and adapter that compute the same and keep less for the backward pass: stage 6.
+
+RMSNorm      x / rms(x) * weight             keeps x, not its float32 copies
+GatedMLP     down(act(gate(x)) * up(x))      keeps gate(x) and up(x), not act(gate(x)) and the product
+LoraLinear   base(x) + B(A(x)) * scaling     adds where base(x) stands: no B(A(x)) of its own, no multiple, no sum
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+
+def use_lean_modules(model: PreTrainedModel) -> int:
+    """Puts an RMSNorm or a GatedMLP in place of each module of `model` that gives the same, bit by bit; how many.
+
+    Tried on a few numbers. Weights, and the names that they are saved by, stay as they are.
+    """
+    found = ((name, _lean(module, model.dtype)) for name, module in model.named_modules())
+    places = [(name, lean) for name, lean in found if lean]
+    for name, lean in places:
+        model.set_submodule(name, lean)
+    return len(places)
+
+
+class RMSNorm(nn.Module):
+    """Llama's norm (https://arxiv.org/abs/1910.07467), that of most models: the weight multiplies what is rounded."""
+
+    def __init__(self, norm: Any) -> None:
+        """Takes the place of `norm`."""
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., size) -> (..., size)."""
+        output: Tensor = _Norm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+        return output
+
+
+class GatedMLP(nn.Module):
+    """A layer, gated by another one, and one behind them (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, mlp: Any) -> None:
+        """Takes the place of `mlp`."""
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = mlp.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., size)."""
+        inner = _Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn)  # type: ignore[no-untyped-call]
+        output: Tensor = self.down_proj(inner)
+        return output
+
+
+class LoraLinear(lora.Linear):
+    """PEFT's layer for plain linear layers that are not quantized; what is more than plain LoRA is left to PEFT."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) -> (..., out)."""
+        name = self._plain_adapter(x)
+        if name is None or args or kwargs:
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        rows, first, second = x.flatten(0, -2), self.lora_A[name], self.lora_B[name]
+        result: Tensor = self.base_layer(rows)
+        inner: Tensor = first(self.lora_dropout[name](rows))
+        weight: Any = second.weight
+        result.addmm_(inner, weight.to(result.dtype).T, alpha=self.scaling[name])
+        return result.view(*x.shape[:-1], -1)
+
+    def _plain_adapter(self, x: Tensor) -> str | None:
+        """The adapter, where it is the only one, and computed in the type of the result."""
+        if self.disable_adapters or self.merged or self.lora_variant or len(self.active_adapters) != 1:
+            return None
+        (name,) = self.active_adapters
+        layers = self.base_layer, self.lora_A[name], self.lora_B[name]
+        is_one_type = torch.is_autocast_enabled(x.device.type) or {x.dtype} == {one.weight.dtype for one in layers}
+        is_whole = layers[2].weight.shape == (self.out_features, self.r[name])  # not elsewhere (DeepSpeed's ZeRO 3)
+        return name if is_one_type and is_whole and layers[2].bias is None else None
+
+
+def _lean(module: Any, dtype: torch.dtype) -> nn.Module | None:
+    """What can take the place of `module`, which computes in `dtype`."""
+    lean: RMSNorm | GatedMLP
+    parts = {name for name, _ in module.named_children()}, {name for name, _ in module.named_parameters(recurse=False)}
+    if parts == (set(), {"weight"}) and hasattr(module, "variance_epsilon"):
+        # Other norms round later or add 1: told apart by an input that is rounded and a weight that is not.
+        size, lean, dtype = module.weight.shape[-1], RMSNorm(module), torch.bfloat16
+        weights = {"weight": torch.linspace(0.9, 1.1, size, device=module.weight.device)}
+    elif parts == ({"gate_proj", "up_proj", "down_proj", "act_fn"}, set()):
+        size, lean, weights = module.gate_proj.in_features, GatedMLP(module), {}
+    else:
+        return None
+    weight = next(module.parameters())
+    if weight.is_meta or not weight.numel():  # not here to be tried: DeepSpeed's ZeRO 3
+        return None
+    few = torch.linspace(-2, 2, 2 * size, device=weight.device, dtype=dtype).view(1, 2, size)
+    with torch.no_grad():
+        found, expected = (functional_call(one, weights, few) for one in (lean, module))
+    return lean if found.dtype == expected.dtype and torch.equal(found, expected) else None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        scales = torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(hidden, weight, scales)
+        return weight * (hidden * scales).to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        hidden, weight, scales = ctx.saved_tensors
+        normed, of_weight = hidden * scales, None  # float32
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradients[0] * normed.to(hidden.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
+        found = (gradients[0] * weight).float()
+        found = found.sub_(normed.mul_((found * normed).mean(-1, keepdim=True))).mul_(scales)
+        return found.to(hidden.dtype), of_weight, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Any) -> Any:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            open_by = ctx.activation(gate)
+        (of_gate,) = torch.autograd.grad(open_by, gate, gradients[0] * up)
+        return of_gate, gradients[0] * open_by.detach(), None
