@@ -97,6 +97,7 @@ class Prepared:
 def main() -> None:
     given = parsed()
     print_machine()
+    print(f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}")
     if given.dtype == "bfloat16" and given.device == "cpu":
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split() if Path("/proc/cpuinfo").exists() else []
         found = [flag for flag in CPU_FLAGS if flag in flags]
@@ -246,12 +247,8 @@ def run(side: Side, settings: Mapping[str, Any], folder: str, trl_python: str | 
 
 
 def called(program: Sequence[str], folder: Path) -> str:
-    """What `program` prints. Nothing is downloaded, and waiting threads sleep."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    """What `program` prints. Nothing is downloaded."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     ended = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
     if ended.returncode:
         raise SystemExit(f"{' '.join(program)} failed:\n{ended.stderr[-4000:]}")

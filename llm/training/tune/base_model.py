@@ -52,7 +52,7 @@ def load_base_model(config: FinetuneConfig) -> PreTrainedModel:
         )
     model.set_attn_implementation(NODE_ATTENTION)
     model.config.use_cache = False
-    if not config.training_arguments.get("torch_compile"):  # which does the same, and cannot look into them
+    if not any(name.startswith("torch_compile") and value for name, value in config.training_arguments.items()):
         use_lean_modules(model)
     return model
 

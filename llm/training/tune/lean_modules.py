@@ -17,13 +17,17 @@ from transformers import PreTrainedModel
 def use_lean_modules(model: PreTrainedModel) -> int:
     """Puts an RMSNorm or a GatedMLP in place of each module of `model` that gives the same, bit by bit; how many.
 
-    Tried on a few numbers. Weights, and the names that they are saved by, stay as they are.
+    The first of each class is tried on a few numbers. Weights, and the names that they are saved by, stay as they are.
     """
-    found = ((name, _lean(module, model.dtype)) for name, module in model.named_modules())
-    places = [(name, lean) for name, lean in found if lean]
-    for name, lean in places:
+    is_same: dict[type[nn.Module], bool] = {}
+    places = [(name, module, lean) for name, module in model.named_modules() if (lean := _lean(module)) is not None]
+    for _, module, lean in places:
+        if type(module) not in is_same:
+            is_same[type(module)] = _gives_the_same(lean, module, model.dtype)
+    replaced = [(name, lean) for name, module, lean in places if is_same[type(module)]]
+    for name, lean in replaced:
         model.set_submodule(name, lean)
-    return len(places)
+    return len(replaced)
 
 
 class RMSNorm(nn.Module):
@@ -83,25 +87,29 @@ class LoraLinear(lora.Linear):
         return name if is_one_type and is_whole and layers[2].bias is None else None
 
 
-def _lean(module: Any, dtype: torch.dtype) -> nn.Module | None:
-    """What can take the place of `module`, which computes in `dtype`."""
-    lean: RMSNorm | GatedMLP
+def _lean(module: Any) -> "RMSNorm | GatedMLP | None":
+    """What may take the place of `module`, by its parts."""
     parts = {name for name, _ in module.named_children()}, {name for name, _ in module.named_parameters(recurse=False)}
+    if any(weight.is_meta or not weight.numel() for weight in module.parameters()):
+        return None  # not here to be tried: DeepSpeed's ZeRO 3
     if parts == (set(), {"weight"}) and hasattr(module, "variance_epsilon"):
+        return RMSNorm(module)
+    return GatedMLP(module) if parts == ({"gate_proj", "up_proj", "down_proj", "act_fn"}, set()) else None
+
+
+def _gives_the_same(lean: "RMSNorm | GatedMLP", module: nn.Module, dtype: torch.dtype) -> bool:
+    weights: dict[str, Tensor] = {}
+    device = next(module.parameters()).device
+    if isinstance(lean, RMSNorm):
         # Other norms round later or add 1: told apart by an input that is rounded and a weight that is not.
-        size, lean, dtype = module.weight.shape[-1], RMSNorm(module), torch.bfloat16
-        weights = {"weight": torch.linspace(0.9, 1.1, size, device=module.weight.device)}
-    elif parts == ({"gate_proj", "up_proj", "down_proj", "act_fn"}, set()):
-        size, lean, weights = module.gate_proj.in_features, GatedMLP(module), {}
+        size, dtype = len(lean.weight), torch.bfloat16
+        weights = {"weight": torch.linspace(0.9, 1.1, size, device=device)}
     else:
-        return None
-    weight = next(module.parameters())
-    if weight.is_meta or not weight.numel():  # not here to be tried: DeepSpeed's ZeRO 3
-        return None
-    few = torch.linspace(-2, 2, 2 * size, device=weight.device, dtype=dtype).view(1, 2, size)
+        size = lean.gate_proj.in_features
+    few = torch.linspace(-2, 2, 2 * size, device=device, dtype=dtype).view(1, 2, size)
     with torch.no_grad():
         found, expected = (functional_call(one, weights, few) for one in (lean, module))
-    return lean if found.dtype == expected.dtype and torch.equal(found, expected) else None
+    return found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 class _Norm(torch.autograd.Function):
@@ -134,6 +142,6 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
-            open_by = ctx.activation(gate)
-        (of_gate,) = torch.autograd.grad(open_by, gate, gradients[0] * up)
-        return of_gate, gradients[0] * open_by.detach(), None
+            factor = ctx.activation(gate)
+        factor.backward(gradients[0] * up)
+        return gate.grad, gradients[0] * factor.detach(), None

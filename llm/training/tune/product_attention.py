@@ -121,8 +121,11 @@ _memory = _Memory()
 
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
-    """Products of float32 matrices round their factors to bfloat16, not what they sum
-    (https://docs.pytorch.org/docs/stable/notes/mkldnn.html); autocast would round the results, too."""
+    """Products of float32 matrices are oneDNN's, which may round their factors to bfloat16, not what it sums
+    (https://docs.pytorch.org/docs/stable/notes/mkldnn.html); autocast would round the results, too.
+
+    On an AMD EPYC with avx512_bf16 it rounds nothing and is three times as fast as MKL, whose they are otherwise.
+    """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
