@@ -81,6 +81,21 @@ def test_norm_that_rounds_later_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not any(isinstance(module, RMSNorm) for module in model.modules())
 
 
+def test_mlp_that_drops_out_in_training_stays() -> None:
+    model = make_plain_model("llama")
+    mlp = model.model.layers[0].mlp
+    model.model.layers[0].mlp = DroppingMLP(GatedMLP(mlp))
+    model.model.layers[0].mlp.eval()
+    assert use_lean_modules(model) == 6
+    assert type(model.model.layers[0].mlp) is DroppingMLP
+    assert not any(module.training for module in model.modules())
+
+
+class DroppingMLP(GatedMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])
 @pytest.mark.parametrize(
     "settings",
