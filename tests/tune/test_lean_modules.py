@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llm.training.tune.adapter import add_adapter
 from llm.training.tune.lean_modules import GatedMLP, LoraLinear, RMSNorm, use_lean_modules
 
-# Of two layers: two norms of each (six of Qwen 3, which norms queries and keys), one behind them, and two MLPs.
+# Of two layers: two norms of each (four of Qwen 3's, which norms queries and keys), one behind them, and two MLPs.
 REPLACED = {
     "llama": {RMSNorm: 5, GatedMLP: 2},
     "qwen2": {RMSNorm: 5, GatedMLP: 2},
@@ -99,9 +99,16 @@ class DroppingMLP(GatedMLP):
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"down_proj|dense_4h_to_h": 2}}],
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"rank_pattern": {"down_proj|dense_4h_to_h": 2}},
+    ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_lean_lora_trains_as_the_library_has_it(architecture: str, settings: dict[str, Any]) -> None:
     expected = trained(with_lora(architecture, is_lean=False, **settings))
     found = trained(with_lora(architecture, is_lean=True, **settings))
