@@ -356,6 +356,10 @@ class FinetuneConfig(ScriptConfig):
         return self.load_in_4bit or self.load_in_8bit or self.quantization_config is not None
 
 
+TORCH_COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+"""Each of these `training_arguments`, where set, has the model compiled."""
+
+
 def default_training_arguments(
     *, has_eval_dataset: bool = False, is_lora: bool = True, is_cuda: bool = False
 ) -> dict[str, Any]:

@@ -5,21 +5,16 @@ import sys
 from typing import Any
 
 import torch
-from tiny_models import ARCHITECTURES, COMMON, make_packed_dataset, make_prompted_dataset
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from tiny_models import make_model, make_packed_dataset, make_prompted_dataset
+from transformers import TrainingArguments
 
 from llm.training.tune.adapter import add_adapter
-from llm.training.tune.attention import NODE_ATTENTION
 from llm.training.tune.run import leave_ranks
 from llm.training.tune.trainer import BlockTrainer
 
 
 def run(folder: str, *, is_lora: bool, is_prompted: bool, batch_size: int, accumulation: int = 1) -> dict[str, Any]:
-    torch.manual_seed(0)
-    settings = COMMON | ARCHITECTURES["llama"] | {"initializer_range": 0.1}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings))
-    model.set_attn_implementation(NODE_ATTENTION)
-    model = add_adapter(model, {"r": 4} if is_lora else None, {})
+    model = add_adapter(make_model("llama", initializer_range=0.1), {"r": 4} if is_lora else None, {})
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=5,

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from llm.errors import did_you_mean
 from llm.registry import own_package
-from llm.training.config import DataPrepConfig, KeyPath, default_training_arguments
+from llm.training.config import TORCH_COMPILE_KEYS, DataPrepConfig, KeyPath, default_training_arguments
 from llm.training.config_file.problem import NO_REMOTE_CODE, Problem
 from llm.training.tune.tracking import TRACKERS
 
@@ -31,7 +31,7 @@ def doubts(data: Mapping[str, Any]) -> Iterator[Problem]:
             f"`learning_rate: {rate}` is high: with it training mostly diverges. Usual are 2e-4 (LoRA) and 2e-5 (full)."
         )
         yield Problem(path=("training_arguments", "learning_rate"), text=text)
-    for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+    for key in TORCH_COMPILE_KEYS:
         if section_of(data, "training_arguments").get(key):
             text = (
                 f"`{key}` compiles the model anew for every batch of other example lengths: 12 steps of a tiny model "

@@ -12,7 +12,7 @@ No mask over unrelated tokens is ever built:
 `nodes.py` reads the structure, `node_sdpa.py` attends node by node, `node_kernels.py` says which kernel does it where.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def node_attention(  # noqa: PLR0913 (the library calls it so)
     attention_mask: Tensor | None,
     node_lengths: Sequence[int] | None = None,
     node_parents: Sequence[int] | None = None,
-    prompt_states: Sequence[Mapping[nn.Module, tuple[Tensor, Tensor]]] = (),
+    prompt_states: Sequence[States] = (),
     kept_states: States | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:

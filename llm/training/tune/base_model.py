@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from llm.errors import ConfigError, loading_reason
 from llm.model_registry import check_hub_answers, check_is_reachable
-from llm.training.config import FinetuneConfig
+from llm.training.config import TORCH_COMPILE_KEYS, FinetuneConfig
 from llm.training.tune.attention import NODE_ATTENTION
 from llm.training.tune.lean_modules import use_lean_modules
 from llm.training.tune.quantization import quantization_config
@@ -52,7 +52,7 @@ def load_base_model(config: FinetuneConfig) -> PreTrainedModel:
         )
     model.set_attn_implementation(NODE_ATTENTION)
     model.config.use_cache = False
-    if not any(name.startswith("torch_compile") and value for name, value in config.training_arguments.items()):
+    if not any(config.training_arguments.get(key) for key in TORCH_COMPILE_KEYS):  # the compiler chooses what to keep
         use_lean_modules(model)
     return model
 

@@ -1,8 +1,10 @@
 """Modules of base model and adapter that compute the same and keep less for the backward pass: stage 6.
 
-RMSNorm      x / rms(x) * weight             keeps x, not its float32 copies
-GatedMLP     down(act(gate(x)) * up(x))      keeps gate(x) and up(x), not act(gate(x)) and the product
-LoraLinear   base(x) + B(A(x)) * scaling     adds where base(x) stands: no B(A(x)) of its own, no multiple, no sum
+    RMSNorm      x / rms(x) * weight             keeps x, not its float32 copies
+    GatedMLP     down(act(gate(x)) * up(x))      keeps gate(x) and up(x), not act(gate(x)) and the product
+    LoraLinear   base(x) + B(A(x)) * scaling     adds where base(x) stands: no B(A(x)) of its own, no multiple, no sum
+
+What they do not keep is computed again for the gradient, or was never needed.
 """
 
 from typing import Any
@@ -20,15 +22,17 @@ def use_lean_modules(model: PreTrainedModel) -> int:
     The first of each class is tried on a few numbers. Weights, and the names that they are saved by, stay as they are.
     """
     is_same: dict[type[nn.Module], bool] = {}
-    places = [(name, module, lean) for name, module in model.named_modules() if (lean := _lean(module)) is not None]
-    for _, module, lean in places:
+    num_replaced = 0
+    for name, module in list(model.named_modules()):
+        if (lean := _lean(module)) is None:
+            continue
         if type(module) not in is_same:
             is_same[type(module)] = _gives_the_same(lean, module, model.dtype)
-    replaced = [(name, lean) for name, module, lean in places if is_same[type(module)]]
-    for name, lean in replaced:
-        model.set_submodule(name, lean)
+        if is_same[type(module)]:
+            model.set_submodule(name, lean)
+            num_replaced += 1
     model.train(model.training)
-    return len(replaced)
+    return num_replaced
 
 
 class RMSNorm(nn.Module):
@@ -91,11 +95,11 @@ class LoraLinear(lora.Linear):
 def _lean(module: Any) -> "RMSNorm | GatedMLP | None":
     """What may take the place of `module`, by its parts."""
     parts = {name for name, _ in module.named_children()}, {name for name, _ in module.named_parameters(recurse=False)}
-    if any(weight.is_meta or not weight.numel() for weight in module.parameters()):
-        return None  # not here to be tried: DeepSpeed's ZeRO 3
-    if parts == (set(), {"weight"}) and hasattr(module, "variance_epsilon"):
-        return RMSNorm(module)
-    return GatedMLP(module) if parts == ({"gate_proj", "up_proj", "down_proj", "act_fn"}, set()) else None
+    is_norm = parts == (set(), {"weight"}) and hasattr(module, "variance_epsilon")
+    is_mlp = parts == ({"gate_proj", "up_proj", "down_proj", "act_fn"}, set())
+    if not (is_norm or is_mlp) or any(weight.is_meta or not weight.numel() for weight in module.parameters()):
+        return None  # the latter is not here to be tried: DeepSpeed's ZeRO 3
+    return RMSNorm(module) if is_norm else GatedMLP(module)
 
 
 def _gives_the_same(lean: "RMSNorm | GatedMLP", module: nn.Module, dtype: torch.dtype) -> bool:

@@ -124,7 +124,7 @@ def _bfloat16_products() -> Iterator[None]:
     """Products of float32 matrices are oneDNN's, which may round their factors to bfloat16, not what it sums
     (https://docs.pytorch.org/docs/stable/notes/mkldnn.html); autocast would round the results, too.
 
-    On an AMD EPYC with avx512_bf16 it rounds nothing and is three times as fast as MKL, whose they are otherwise.
+    On an AMD EPYC with avx512_bf16 it rounds nothing, in a third of the time of MKL, which PyTorch calls otherwise.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
