@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from llm.training.tune import product_attention
 from llm.training.tune.node_sdpa import ScoreRule, attend
-from llm.training.tune.product_attention import attend_by_products
+from llm.training.tune.product_attention import attend_by_products as attend_paths
 
 SHAPES = {  # batch, heads, key heads, own tokens, tokens of the path
     "alone": (1, 6, 2, 37, 37),
@@ -40,6 +40,12 @@ def library(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = N
     num_own, num_path = query.shape[2], key.shape[2]
     is_seen = torch.ones(num_own, num_path, dtype=torch.bool).tril(num_path - num_own)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=is_seen, scale=scaling, enable_gqa=True)
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
+    """A single node, of which the queries are the last tokens."""
+    num_before, num_path = key.shape[2] - query.shape[2], key.shape[2]
+    return attend_paths(query, key, value, [[range(num_before), range(num_before, num_path)]], scaling)
 
 
 def errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
@@ -112,3 +118,40 @@ def test_attention_is_by_products_in_bfloat16_without_window_and_dropout(
     query, key, value, _ = random_states((1, 6, 2, 20, 90), dtype)
     output = attend(query.requires_grad_(), key, value, rule)
     assert (type(output.grad_fn).__name__ == "_ProductsBackward") is is_by_products
+
+
+def test_nodes_see_their_path_and_gradients_of_what_they_share_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_attention, "SCORES_AT_ONCE", 1000)
+    monkeypatch.setattr(product_attention, "LEAST_QUERIES", 4)
+    # A prompt, two children, a grandchild behind the first of them, and what stands alone: tokens 0 to 68.
+    prompt, first, second, third, alone = range(20), range(20, 33), range(33, 45), range(45, 60), range(60, 69)
+    paths = [[prompt], [prompt, first], [prompt, second], [prompt, first, third], [alone]]
+    is_seen = torch.zeros(69, 69, dtype=torch.bool)
+    for path in paths:
+        for piece in path:
+            is_seen[path[-1].start : path[-1].stop, piece.start : piece.stop] = True
+    is_seen = is_seen.tril()
+    for num_left_out in (0, 1):
+        start = len(prompt) * num_left_out  # queries may leave out the prompt, whose keys stay
+        states, exact = (
+            [query[:, :, start:], key, value, gradient[:, :, start:]]
+            for query, key, value, gradient in (
+                random_states((1, 6, 2, 69, 69), dtype) for dtype in (torch.bfloat16, torch.float64)
+            )
+        )
+        mask = is_seen[start:]
+        expected = results(F.scaled_dot_product_attention, exact, attn_mask=mask, enable_gqa=True)
+        ours = results(attend_paths, states, paths=paths[num_left_out:])
+        theirs = results(F.scaled_dot_product_attention, states, attn_mask=mask, enable_gqa=True)
+        for error, most in zip(errors(ours, expected), errors(theirs, expected), strict=True):
+            assert error < 1.1 * max(most, 2e-3)
+
+
+def test_shared_keys_are_not_kept_for_each_node() -> None:
+    states = random_states((1, 6, 2, 60, 60))
+    kept: list[Tensor] = []
+    paths = [[range(30)], *([range(30), range(start, start + 10)] for start in (30, 40, 50))]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = attend_paths(*(tensor.requires_grad_() for tensor in states[:3]), paths)
+    assert sum(tensor.numel() for tensor in kept) == sum(tensor.numel() for tensor in states)
+    assert output.transpose(1, 2).is_contiguous()

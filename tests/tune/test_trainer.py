@@ -336,18 +336,23 @@ def test_cross_entropy_in_parts_equals_the_whole(num_rows: int, dtype: torch.dty
     torch.testing.assert_close(logits.grad, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_lora_that_leaves_casting_to_autocast_trains_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, dtypes = [], set()
-    for is_left in (True, False):
+    found = []
+    for is_left, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr("llm.training.tune.trainer.is_cast_by_autocast", lambda *_, answer=is_left: answer)
         torch.manual_seed(0)
-        model = add_adapter(make_model("llama", initializer_range=0.1).to(torch.bfloat16), {"r": 4}, {})
+        settings = {"r": 4, "lora_bias": True}  # layers of peft, not ours
+        model = add_adapter(make_model("llama", initializer_range=0.1).to(torch.bfloat16), settings, {})
+        calls: list[tuple[bool, torch.dtype]] = []
         layer = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
-        layer.register_forward_pre_hook(lambda _, inputs: dtypes.add(inputs[0].dtype))
+        layer.register_forward_pre_hook(
+            lambda _, inputs, calls=calls: calls.append((torch.is_autocast_enabled("cpu"), inputs[0].dtype))
+        )
         found.append(trained_weights(model, make_packed_dataset(40), tmp_path, bf16=True))
-    assert dtypes == {torch.bfloat16, torch.float32}
+        assert {dtype for is_autocast, dtype in calls if is_autocast} == {expected}
     assert largest_difference(*found) == 0
 
 

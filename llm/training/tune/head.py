@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm.training.tune.collator import Batch
-from llm.training.tune.loss import has_logits_to_keep, model_inputs, softmax_minus_one_hot, trained_tokens
+from llm.training.tune.loss import has_logits_to_keep, minus_one_hot, model_inputs, trained_tokens
 
 ROWS_AT_ONCE = 256  # 50 MB of float32 logits for 49,152 ids
 
@@ -91,18 +91,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         of_bias = weight.new_zeros(len(weight), dtype=torch.float32) if ctx.needs_input_grad[3] else None
         losses = [hidden.new_zeros(0, dtype=torch.float32)]
+        # Made once: the system would give back and zero memory of this size for every part.
+        memory = hidden.new_empty(min(ROWS_AT_ONCE, len(hidden)), len(weight), dtype=torch.float32)
         parts = (tensor.split(ROWS_AT_ONCE) for tensor in (hidden, targets, of_hidden))
         for some, ids, out in zip(*parts, strict=True):
-            logits = F.linear(some, weight, bias).float()
-            log_sums = logits.logsumexp(dim=1, keepdim=True)
-            losses.append((log_sums - logits.gather(1, ids[:, None])).squeeze(1))
-            share = softmax_minus_one_hot(logits.sub_(log_sums), ids)
-            of_logits = share.to(hidden.dtype)
+            rounded = F.linear(some, weight, bias)
+            logits = memory[: len(ids)].copy_(rounded)
+            of_targets, largest = logits.gather(1, ids[:, None]), logits.amax(dim=1, keepdim=True)
+            shares = logits.sub_(largest).exp_()
+            sums = shares.sum(dim=1, keepdim=True)
+            losses.append((sums.log() + (largest - of_targets)).squeeze(1))
+            of_logits = rounded.copy_(minus_one_hot(shares.div_(sums), ids))
             torch.mm(of_logits, weight, out=out)
             if of_weight is not None:
                 of_weight += of_logits.T @ some
             if of_bias is not None:
-                of_bias += share.sum(dim=0)
+                of_bias += shares.sum(dim=0)
         ctx.save_for_backward(of_weight, of_hidden, of_bias)
         return torch.cat(losses).sum()
 

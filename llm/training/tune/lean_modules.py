@@ -2,18 +2,21 @@
 
     RMSNorm      x / rms(x) * weight             keeps x, not its float32 copies
     GatedMLP     down(act(gate(x)) * up(x))      keeps gate(x) and up(x), not act(gate(x)) and the product
-    LoraLinear   base(x) + B(A(x)) * scaling     adds where base(x) stands: no B(A(x)) of its own, no multiple, no sum
+    LoraLinear   base(x) + B(A(x)) * scaling     adds where base(x) stands: no B(A(x)) of its own, no multiple, no sum;
+                                                 keeps no x that a norm or an MLP makes again (`remake.py`)
 
 What they do not keep is computed again for the gradient, or was never needed.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+
+from llm.training.tune.remake import linear, remade
 
 
 def use_lean_modules(model: PreTrainedModel) -> int:
@@ -45,8 +48,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
-        output: Tensor = _Norm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
-        return output
+        output, scales = _Norm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+        return remade(output, _scaled, hidden_states, self.weight, scales)
 
 
 class GatedMLP(nn.Module):
@@ -60,9 +63,14 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
-        inner = _Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn)  # type: ignore[no-untyped-call]
-        output: Tensor = self.down_proj(inner)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        inner = _Gated.apply(gate, up, self.act_fn)  # type: ignore[no-untyped-call]
+        output: Tensor = self.down_proj(remade(inner, self._gated, gate, up))
         return output
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        gated: Tensor = self.act_fn(gate) * up
+        return gated
 
 
 class LoraLinear(lora.Linear):
@@ -74,11 +82,10 @@ class LoraLinear(lora.Linear):
         if name is None or args or kwargs:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        rows, first, second = x.flatten(0, -2), self.lora_A[name], self.lora_B[name]
-        result: Tensor = self.base_layer(rows)
-        inner: Tensor = first(self.lora_dropout[name](rows))
-        weight: Any = second.weight
-        result.addmm_(inner, weight.to(result.dtype).T, alpha=self.scaling[name])
+        result: Tensor = self.base_layer(x.flatten(0, -2))
+        first, second = (cast(Tensor, layers[name].weight).to(result.dtype) for layers in (self.lora_A, self.lora_B))
+        inner = linear(self.lora_dropout[name](x).to(result.dtype), first)
+        result.addmm_(inner, second.T, alpha=self.scaling[name])
         return result.view(*x.shape[:-1], -1)
 
     def _plain_adapter(self, x: Tensor) -> str | None:
@@ -86,10 +93,11 @@ class LoraLinear(lora.Linear):
         if self.disable_adapters or self.merged or self.lora_variant or len(self.active_adapters) != 1:
             return None
         (name,) = self.active_adapters
-        layers = self.base_layer, self.lora_A[name], self.lora_B[name]
+        layers = _, first, second = self.base_layer, self.lora_A[name], self.lora_B[name]
         is_one_type = torch.is_autocast_enabled(x.device.type) or {x.dtype} == {one.weight.dtype for one in layers}
-        is_whole = layers[2].weight.shape == (self.out_features, self.r[name])  # not elsewhere (DeepSpeed's ZeRO 3)
-        return name if is_one_type and is_whole and layers[2].bias is None else None
+        shapes = (self.r[name], self.in_features), (self.out_features, self.r[name])
+        is_whole = (first.weight.shape, second.weight.shape) == shapes  # not elsewhere (DeepSpeed's ZeRO 3)
+        return name if is_one_type and is_whole and second.bias is None else None
 
 
 def _lean(module: Any) -> "RMSNorm | GatedMLP | None":
@@ -119,12 +127,17 @@ def _gives_the_same(lean: "RMSNorm | GatedMLP", module: nn.Module, dtype: torch.
     return found.dtype == expected.dtype and torch.equal(found, expected)
 
 
+def _scaled(hidden: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    return weight * (hidden * scales).to(hidden.dtype)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         scales = torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(hidden, weight, scales)
-        return weight * (hidden * scales).to(hidden.dtype)
+        ctx.mark_non_differentiable(scales)
+        return _scaled(hidden, weight, scales), scales
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:

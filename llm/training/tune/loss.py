@@ -62,10 +62,10 @@ def has_logits_to_keep(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
-def softmax_minus_one_hot(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """The gradient of cross entropy for logits, (rows, vocabulary), in the memory of `log_probabilities`."""
-    minus_ones = log_probabilities.new_full((len(targets), 1), -1.0)
-    return log_probabilities.exp_().scatter_add_(1, targets[:, None], minus_ones)
+def minus_one_hot(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of cross entropy for logits, (rows, vocabulary), in the memory of their softmax."""
+    minus_ones = probabilities.new_full((len(targets), 1), -1.0)
+    return probabilities.scatter_add_(1, targets[:, None], minus_ones)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -87,6 +87,6 @@ class _CrossEntropy(torch.autograd.Function):
         found = torch.empty_like(logits)
         parts = (tensor.split(ROWS_AT_ONCE) for tensor in (logits, targets, log_sums, gradients[0], found))
         for some, ids, sums, gradient, out in zip(*parts, strict=True):
-            share = softmax_minus_one_hot(some.float() - sums[:, None], ids)
+            share = minus_one_hot((some.float() - sums[:, None]).exp_(), ids)
             out.copy_(share.mul_(gradient[:, None]))
         return found, None

@@ -26,6 +26,10 @@ class ScoreRule:
     window: int | None = None
     softcap: float | None = None
 
+    def sees_all(self, num_tokens: int) -> bool:
+        """Whether the last of so many tokens sees the first."""
+        return self.window is None or self.window >= num_tokens
+
 
 def attend_nodes(
     query: Tensor,
@@ -40,15 +44,24 @@ def attend_nodes(
 
     `query` may leave out the first nodes, whose output is not asked for.
     """
+    first = _num_left_out(query, key, node_lengths)
+    paths = node_paths(node_parents)[first:]
+    if _is_by_products(query, max(sum(node_lengths[node] for node in path) for path in paths), rule):
+        spans = [range(end - length, end) for length, end in zip(node_lengths, accumulate(node_lengths), strict=True)]
+        return attend_by_products(query, key, value, [[spans[node] for node in path] for path in paths], rule.scaling)
     # One split, not slices: the gradient of each slice would be a zero tensor as long as the whole batch.
     keys, values = (states.split(list(node_lengths), dim=2) for states in (key, value))
-    first = _num_left_out(query, key, node_lengths)
     queries = query.split(list(node_lengths[first:]), dim=2)
     outputs = []
-    for own, path in zip(queries, node_paths(node_parents)[first:], strict=True):
+    for own, path in zip(queries, paths, strict=True):
         path_keys, path_values = [keys[node] for node in path], [values[node] for node in path]
         outputs.append(attend(own, _joined(path_keys), _joined(path_values), rule))
     return torch.cat(outputs, dim=2)
+
+
+def _is_by_products(query: Tensor, longest_path: int, rule: ScoreRule) -> bool:
+    is_plain = rule.sees_all(longest_path) and not rule.dropout and rule.softcap is None
+    return is_plain and query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
 def _num_left_out(query: Tensor, key: Tensor, node_lengths: Sequence[int]) -> int:
@@ -63,12 +76,12 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor:
     """The output of a node whose `query` are the last tokens of the path that `key` and `value` hold."""
     num_own, num_path = query.shape[2], key.shape[2]
-    sees_all = rule.window is None or rule.window >= num_path
     if rule.softcap is not None:
         return _attend_softcapped(query, key, value, rule)
-    if sees_all and not rule.dropout and query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        return attend_by_products(query, key, value, rule.scaling)
-    is_plain = sees_all and num_own == num_path
+    if _is_by_products(query, num_path, rule):
+        path = range(num_path - num_own), range(num_path - num_own, num_path)
+        return attend_by_products(query, key, value, [path], rule.scaling)
+    is_plain = rule.sees_all(num_path) and num_own == num_path
     is_grouped = query.shape[1] != key.shape[1]
     if is_grouped and not is_plain and query.is_cuda:
         # With a mask only CUDA's plain kernel takes grouped heads, and it holds all scores in memory.
