@@ -33,6 +33,11 @@ def own_package(method: str) -> str | None:
     return module_name.split(".")[0] if is_own else None
 
 
+def is_ours(*things: object) -> bool:
+    """Whether the classes of all `things` are of this package, none a user's own."""
+    return all(type(one).__module__.partition(".")[0] == __name__.partition(".")[0] for one in things)
+
+
 def resolve_method(method: str, registry: Registry, *, key: str) -> Callable[..., Any]:
     """The callable that `method` names.
 

@@ -12,6 +12,7 @@ How prompt and response are joined is in `join.py`.
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
 
@@ -20,8 +21,10 @@ from llm.errors import ConfigError, DataError, did_you_mean
 from llm.fast_tokenizer import TokenIds
 from llm.prompt import Message, Prompt
 from llm.prompt_format import PromptFormat, Segment, TrainOn
+from llm.registry import is_ours
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import OnTooLong
+from llm.training.prep.frame import Frames
 from llm.training.prep.join import JoinedIds, Pair, join_pairs
 from llm.training.prep.rows import Row, plain
 
@@ -108,6 +111,14 @@ class Encoder:
     on_too_long: OnTooLong = "drop"
     allow_special_tokens_in_data: bool = False
     train_on: TrainOn = "all"
+
+    @cached_property
+    def _frames(self) -> Frames | None:
+        """None where the rendering may look into the texts: a chat template, code that is not ours."""
+        prompt, prompt_format = self.prompt, self.prompt_format
+        if not isinstance(prompt_format, PromptFormat) or not is_ours(prompt, prompt_format):
+            return None
+        return Frames(lambda message: prompt_format.segments(prompt.conversation([message])))
 
     def check_room(self) -> None:
         """ConfigError when the fixed part of the prompt (system message, few-shot examples, marks) leaves no room.
@@ -214,6 +225,8 @@ class Encoder:
 
     def _segments(self, row: Row, *, is_plain: bool) -> list[Segment]:
         """The rendered row, its control-token text marked to stay text; none when the template refuses it."""
+        if is_plain and (framed := self._framed(row)):
+            return framed
         is_kept = is_plain or self.allow_special_tokens_in_data
         keep: Callable[[str], str] = str if is_kept else self.tokenizer.keep_as_text
         try:
@@ -229,6 +242,11 @@ class Encoder:
             raise DataError(f"{row.where}: {error}") from error
         except (ValueError, DataError) as error:
             raise DataError(f"{row.where}: {error}") from error
+
+    def _framed(self, row: Row) -> list[Segment] | None:
+        if self._frames is None or len(row.turns) != 1 or not row.turns[0].is_trained or row.system:
+            return None
+        return self._frames.segments(row.turns[0])
 
     def _chat_segments(self, chat: Mapping[str, Any]) -> list[Segment]:
         assert isinstance(self.prompt_format, ChatTemplateFormat), "_why_unusable has seen to it"
@@ -260,7 +278,7 @@ class Encoder:
             text=text,
             input_ids=input_ids,
             trained=tuple(trained),
-            num_cut_characters=sum(len(turn.input) for turn in row.turns[len(row.answered("all")) :]),
+            num_cut_characters=sum(len(turn.input) for turn in row.turns if turn.response is None),
             has_control_text=has_control_text,
         )
 

@@ -15,6 +15,7 @@ from typing import Any
 import llm
 from llm.cache import cache_folder, write_whole
 from llm.chat_template import ChatTemplateFormat
+from llm.registry import is_ours
 from llm.training.config import DataPrepConfig, kwargs_of
 from llm.training.prep.encode import Encoder
 from llm.training.prep.target import Target
@@ -63,8 +64,7 @@ class Reuse:
 
 def reuse_of(config: DataPrepConfig, encoder: Encoder, target: Target) -> Reuse | None:
     """None where nothing is used again: not asked for, a prompt whose code is not ours, a cache we may not write to."""
-    ours = (type(encoder.prompt), type(encoder.prompt_format))
-    if not config.reuse_tokens or any(kind.__module__.partition(".")[0] != llm.__name__ for kind in ours):
+    if not config.reuse_tokens or not is_ours(encoder.prompt, encoder.prompt_format):
         return None
     folder = cache_folder("rows")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
