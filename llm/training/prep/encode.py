@@ -115,10 +115,8 @@ class Encoder:
     @cached_property
     def _frames(self) -> Frames | None:
         """None where the rendering may look into the texts: a chat template, code that is not ours."""
-        prompt, prompt_format = self.prompt, self.prompt_format
-        if not isinstance(prompt_format, PromptFormat) or not is_ours(prompt, prompt_format):
-            return None
-        return Frames(lambda message: prompt_format.segments(prompt.conversation([message])))
+        is_blind = isinstance(self.prompt_format, PromptFormat) and is_ours(self.prompt, self.prompt_format)
+        return Frames(self._rendered) if is_blind else None
 
     def check_room(self) -> None:
         """ConfigError when the fixed part of the prompt (system message, few-shot examples, marks) leaves no room.
@@ -242,6 +240,9 @@ class Encoder:
             raise DataError(f"{row.where}: {error}") from error
         except (ValueError, DataError) as error:
             raise DataError(f"{row.where}: {error}") from error
+
+    def _rendered(self, message: Message) -> list[Segment]:
+        return self.prompt.segments([message], self.prompt_format)
 
     def _framed(self, row: Row) -> list[Segment] | None:
         if self._frames is None or len(row.turns) != 1 or not row.turns[0].is_trained or row.system:

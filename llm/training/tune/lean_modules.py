@@ -93,8 +93,9 @@ class LoraLinear(lora.Linear):
         if self.disable_adapters or self.merged or self.lora_variant or len(self.active_adapters) != 1:
             return None
         (name,) = self.active_adapters
-        layers = _, first, second = self.base_layer, self.lora_A[name], self.lora_B[name]
-        is_one_type = torch.is_autocast_enabled(x.device.type) or {x.dtype} == {one.weight.dtype for one in layers}
+        base, first, second = self.base_layer, self.lora_A[name], self.lora_B[name]
+        types = {x.dtype, *(layer.weight.dtype for layer in (base, first, second))}
+        is_one_type = torch.is_autocast_enabled(x.device.type) or len(types) == 1
         shapes = (self.r[name], self.in_features), (self.out_features, self.r[name])
         is_whole = (first.weight.shape, second.weight.shape) == shapes  # not elsewhere (DeepSpeed's ZeRO 3)
         return name if is_one_type and is_whole and second.bias is None else None
