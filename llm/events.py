@@ -109,10 +109,10 @@ def run_told(
         except SystemExit as stop:
             exit_code = stop.code if isinstance(stop.code, int) else 1
             raise
-        except Exception as error:
+        except Exception as error:  # a bug, with `--json` told as one line, too
             if not as_json:
                 raise
-            _tell_error(error, exit_code, has_traceback=True, as_json=True)  # a bug, told as one line, too
+            _tell_error(error, exit_code, has_traceback=True, as_json=True)
             raise typer.Exit(exit_code) from error
         finally:
             seconds = round(time.monotonic() - started, 3)

@@ -36,7 +36,7 @@ texts = (
 
 
 def rendering(prompt: Prompt, prompt_format: PromptFormat) -> Callable[[Message], list[Segment]]:
-    return lambda message: prompt_format.segments(prompt.conversation([message]))
+    return lambda message: prompt.segments([message], prompt_format)
 
 
 @pytest.mark.parametrize("prompt_format", FORMATS, ids=lambda one: type(one).__name__)
@@ -76,7 +76,7 @@ def test_what_a_row_changes_besides_its_texts_has_no_frame() -> None:
     assert frames.segments(odd) == render(odd)
 
 
-class CountingPrompt(Prompt):
+class OwnPrompt(Prompt):
     """Code of a user's own."""
 
 
@@ -84,7 +84,7 @@ class CountingPrompt(Prompt):
     ("prompt", "row", "is_framed"),
     [
         (Prompt(), Row.of(number=0, input="a", response="b"), True),
-        (CountingPrompt(), Row.of(number=0, input="a", response="b"), False),
+        (OwnPrompt(), Row.of(number=0, input="a", response="b"), False),
         (Prompt(), Row(number=0, turns=(Message("a", "b"),), system="Be brief."), False),
         (Prompt(), Row(number=0, turns=(Message("a", "b"), Message("c", "d"))), False),
         (Prompt(), Row.of(number=0, input="a", response="b <|im_end|>"), False),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from llm.training.tune import product_attention
 from llm.training.tune.node_sdpa import ScoreRule, attend
-from llm.training.tune.product_attention import attend_by_products as attend_paths
+from llm.training.tune.product_attention import attend_by_products
 
 SHAPES = {  # batch, heads, key heads, own tokens, tokens of the path
     "alone": (1, 6, 2, 37, 37),
@@ -42,10 +42,10 @@ def library(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = N
     return F.scaled_dot_product_attention(query, key, value, attn_mask=is_seen, scale=scaling, enable_gqa=True)
 
 
-def attend_by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
+def attend_one(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
     """A single node, of which the queries are the last tokens."""
     num_before, num_path = key.shape[2] - query.shape[2], key.shape[2]
-    return attend_paths(query, key, value, [[range(num_before), range(num_before, num_path)]], scaling)
+    return attend_by_products(query, key, value, [[range(num_before), range(num_before, num_path)]], scaling)
 
 
 def errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
@@ -62,7 +62,7 @@ def test_products_equal_the_textbook_as_nearly_as_the_library(
     monkeypatch.setattr(product_attention, "LEAST_QUERIES", 4)
     states = random_states(shape)
     expected = results(library, random_states(shape, torch.float64), scaling=scaling)
-    ours = results(attend_by_products, states, scaling=scaling)
+    ours = results(attend_one, states, scaling=scaling)
     assert [one.dtype for one in ours] == [torch.bfloat16] * 4
     theirs = errors(results(library, states, scaling=scaling), expected)
     for error, most in zip(errors(ours, expected), theirs, strict=True):
@@ -73,10 +73,10 @@ def test_products_do_not_keep_scores_and_use_their_memory_again() -> None:
     states = random_states((1, 6, 2, 30, 64))
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        first = results(attend_by_products, states)
+        first = results(attend_one, states)
     assert sum(tensor.numel() for tensor in kept) == sum(tensor.numel() for tensor in states)
-    results(attend_by_products, random_states((1, 6, 2, 64, 64)))  # overwrites whatever is used again
-    assert all(map(torch.equal, first, results(attend_by_products, states)))
+    results(attend_one, random_states((1, 6, 2, 64, 64)))  # overwrites whatever is used again
+    assert all(map(torch.equal, first, results(attend_one, states)))
 
 
 def test_products_train_after_they_were_first_asked_for_under_inference_mode() -> None:
@@ -84,19 +84,19 @@ def test_products_train_after_they_were_first_asked_for_under_inference_mode() -
     product_attention._memory.__init__()
     product_attention._later.cache_clear()
     with torch.inference_mode():  # an evaluation before: what it made serves training, too
-        first = attend_by_products(*states[:3])
-    assert torch.equal(first, results(attend_by_products, states)[0])
+        first = attend_one(*states[:3])
+    assert torch.equal(first, results(attend_one, states)[0])
 
 
 def test_products_are_the_same_under_autocast_and_leave_the_precision_of_others() -> None:
     states = random_states((1, 6, 2, 20, 90))
-    plain = results(attend_by_products, states)
+    plain = results(attend_one, states)
     factors = torch.rand(64, 64)
     product = factors @ factors
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(map(torch.equal, plain, results(attend_by_products, states)))
+        assert all(map(torch.equal, plain, results(attend_one, states)))
     with pytest.raises(RuntimeError):
-        attend_by_products(states[0], states[1], states[2][:, :, :5])
+        attend_one(states[0], states[1], states[2][:, :, :5])
     assert torch.equal(product, factors @ factors)
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
 
@@ -141,7 +141,7 @@ def test_nodes_see_their_path_and_gradients_of_what_they_share_are_summed(monkey
         )
         mask = is_seen[start:]
         expected = results(F.scaled_dot_product_attention, exact, attn_mask=mask, enable_gqa=True)
-        ours = results(attend_paths, states, paths=paths[num_left_out:])
+        ours = results(attend_by_products, states, paths=paths[num_left_out:])
         theirs = results(F.scaled_dot_product_attention, states, attn_mask=mask, enable_gqa=True)
         for error, most in zip(errors(ours, expected), errors(theirs, expected), strict=True):
             assert error < 1.1 * max(most, 2e-3)
@@ -152,6 +152,6 @@ def test_shared_keys_are_not_kept_for_each_node() -> None:
     kept: list[Tensor] = []
     paths = [[range(30)], *([range(30), range(start, start + 10)] for start in (30, 40, 50))]
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        output = attend_paths(*(tensor.requires_grad_() for tensor in states[:3]), paths)
+        output = attend_by_products(*(tensor.requires_grad_() for tensor in states[:3]), paths)
     assert sum(tensor.numel() for tensor in kept) == sum(tensor.numel() for tensor in states)
     assert output.transpose(1, 2).is_contiguous()

@@ -24,6 +24,8 @@ def null_text(where: str, name: str) -> str:
 
 def parse_objects(value: Any, where: str, ours: str) -> list[dict[str, Any]]:
     """Messages or tools, which csv and some json files hold as text; DataError when they are none."""
+    if not value:
+        return []
     try:
         found = json.loads(value.strip() or "[]") if isinstance(value, str) else value
         objects = [_without_nulls(json.loads(one) if _is_json_object(one) else one) for one in found or []]

@@ -312,7 +312,7 @@ def _row(number: int, values: dict[ColumnName, Any], source: Source) -> Row:
     if None in contexts:
         raise DataError(null_text(where, f"contexts[{contexts.index(None)}]"))
     system = values.get("system") or ""
-    tools = parse_objects(values["tools"], where, "tools") if values.get("tools") else []
+    tools = parse_objects(values.get("tools"), where, "tools")
     if "messages" in values:
         found = parse_objects(values["messages"], where, "messages")
         messages = [parse_message(one, where, f"messages[{place}]") for place, one in enumerate(found)]

@@ -283,7 +283,7 @@ def _marked(target: Target) -> Iterator[None]:
     store.pipe_file(target.marker_path, b"")
     try:
         yield
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: a run that failed leaves no marker of its own
         if not is_leftover:
             store.rm_file(target.marker_path)
         raise

@@ -8,6 +8,7 @@
 What they do not keep is computed again for the gradient, or was never needed.
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -65,12 +66,8 @@ class GatedMLP(nn.Module):
         """(..., size) -> (..., size)."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         inner = _Gated.apply(gate, up, self.act_fn)  # type: ignore[no-untyped-call]
-        output: Tensor = self.down_proj(remade(inner, self._gated, gate, up))
+        output: Tensor = self.down_proj(remade(inner, partial(_gated, self.act_fn), gate, up))
         return output
-
-    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        gated: Tensor = self.act_fn(gate) * up
-        return gated
 
 
 class LoraLinear(lora.Linear):
@@ -151,12 +148,17 @@ class _Norm(torch.autograd.Function):
         return found.to(hidden.dtype), of_weight, None
 
 
+def _gated(activation: Any, gate: Tensor, up: Tensor) -> Tensor:
+    gated: Tensor = activation(gate) * up
+    return gated
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Any) -> Any:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return activation(gate) * up
+        return _gated(activation, gate, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

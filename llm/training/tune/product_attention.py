@@ -23,6 +23,9 @@ SCORES_AT_ONCE = 1 << 21
 LEAST_QUERIES = 128  # of a tile: with fewer the products are slower than that costs
 
 
+Node = tuple[range, Sequence[range]]  # where its queries stand, and the tokens that the last of them sees
+
+
 def attend_by_products(
     query: Tensor, key: Tensor, value: Tensor, paths: Sequence[Sequence[range]], scaling: float | None = None
 ) -> Tensor:
@@ -33,13 +36,13 @@ def attend_by_products(
     those up to itself. `key` and `value` are (batch, key heads, tokens, head size), all are bfloat16.
     """
     ends = accumulate(len(path[-1]) for path in paths)
-    nodes = [(range(end - len(path[-1]), end), _joined(path)) for path, end in zip(paths, ends, strict=True)]
+    nodes = [(range(end - len(path[-1]), end), _merged(path)) for path, end in zip(paths, ends, strict=True)]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output: Tensor = _Products.apply(query, key, value, nodes, scaling)  # type: ignore[no-untyped-call]
     return output
 
 
-def _joined(path: Sequence[range]) -> list[range]:
+def _merged(path: Sequence[range]) -> list[range]:
     """The same tokens, in as few ranges as they lie in."""
     pieces: list[range] = []
     for piece in path:
@@ -48,9 +51,6 @@ def _joined(path: Sequence[range]) -> list[range]:
         else:
             pieces.append(piece)
     return pieces
-
-
-Node = tuple[range, Sequence[range]]  # where its queries stand, and the tokens that the last of them sees
 
 
 class _Products(torch.autograd.Function):

@@ -39,10 +39,12 @@ class _Remaking:
         self._made: Tensor | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        made, self._made = self._make(*inputs) if self._made is None else self._made, None
-        self._num_waiting = (self._num_waiting or self.num_users) - 1
-        if self._num_waiting:
-            self._made = made
+        if self._made is None:
+            self._made, self._num_waiting = self._make(*inputs), self.num_users
+        made = self._made
+        self._num_waiting -= 1
+        if not self._num_waiting:
+            self._made = None
         return made
 
 
@@ -50,7 +52,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, remaking: _Remaking, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(weight, *inputs)
-        ctx.remaking, ctx.num_inputs = remaking, len(inputs)
+        ctx.remaking = remaking
         remaking.num_users += ctx.needs_input_grad[1]
         return F.linear(rows, weight)
 
