@@ -42,9 +42,9 @@ class FastEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[TokenIds]:
         """The ids of each text, nothing added; DataError when a compared one differs."""
-        encoded = self._encode(texts)
         compared = slice(None) if self._num_left > 0 else slice(None, None, _ONE_IN)
-        self._num_left -= len(texts)
+        self._num_left -= len(texts)  # before other threads come
+        encoded = self._encode(texts)
         if (wrong := _first_difference(texts[compared], encoded[compared], self._backend)) is not None:
             raise DataError(
                 f"fastokens gives other ids than the tokenizer of the model for the text {wrong[:80]!r}. "

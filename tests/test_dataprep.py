@@ -195,7 +195,7 @@ def test_dataprep_with_the_fast_tokenizer_writes_the_same_bytes(job: Job, monkey
     used = []
     use_fast = PromptTokenizer.use_fast
     monkeypatch.setattr(PromptTokenizer, "use_fast", lambda self: used.append(use_fast(self)))
-    monkeypatch.setattr(engine, "_MANY_ROWS", 30)
+    monkeypatch.setattr(engine, "_MANY_BYTES", 30)
     job.done(fast_tokenizer=False, reuse_tokens=False)
     expected = job.files()
     job.done(overwrite=True, reuse_tokens=False)

@@ -175,7 +175,7 @@ class DataPrepConfig(ScriptConfig):
     )
     fast_tokenizer: bool = Field(
         default=True,
-        description="Of 10,000 rows and more, `fastokens` makes the ids, if it is installed (extra `fast`) and gives "
+        description="Of 10 MB of rows and more, `fastokens` makes the ids, if it is installed (extra `fast`) and gives "
         "the same as the model's tokenizer: compared on odd texts, the first of the data, and one in a hundred.",
     )
     pack: bool = Field(default=True, description="`false` writes one example a block.")

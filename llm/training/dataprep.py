@@ -34,9 +34,9 @@ def prepare(config: DataPrepConfig) -> Manifest:
     Raises ConfigError before any row is read, DataError for rows that cannot be used; the target is then as it was.
     """
     targets = open_targets(config)
-    check_writer(config.dataset_writer_config)
     check_sources(config)
     encoder = open_encoder(config)
+    check_writer(config.dataset_writer_config)
     source = load_rows(config)
     encoder = for_source(encoder, config, source)
     with all_staged(targets) as stagings, pages_given_back():

@@ -102,7 +102,15 @@ def check_source(config: DatasetConfig, *, key: str = "source_config") -> None:
         near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
         hint = f" {near}" if near.startswith("Did") else ""
         raise ConfigError(f"{key}: there is no file or folder `{location}` (looked in {Path.cwd()}).{hint}")
-    resolve_method(_loading_method(config), DATASET_METHODS, key=f"{key}.method")
+    if (method := _loading_method(config)) not in DATASET_METHODS:  # ours are right, and take 0.3 s to import
+        resolve_method(method, DATASET_METHODS, key=f"{key}.method")
+
+
+def file_size_bytes(config: DatasetConfig) -> int:
+    """The bytes of the file, or of all files in the folder, on this machine that `config` names; 0: it names none."""
+    location = _local_location(config)
+    path = Path(location or "").expanduser()
+    return sum(one.stat().st_size for one in (path, *path.rglob("*")) if one.is_file()) if location else 0
 
 
 def dataset_location(config: DatasetConfig) -> str | None:

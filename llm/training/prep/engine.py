@@ -17,11 +17,12 @@ from llm.training.prep.file_pages import give_unused_back
 from llm.training.prep.overlap import three_at_a_time
 from llm.training.prep.reuse import Reuse
 from llm.training.prep.rows import Source, iterate_rows
+from llm.training.prep.sources import local_size_bytes
 from llm.training.prep.store import Collector, Examples, ShardStore
 
 logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 500
-_MANY_ROWS = 10_000  # opening the fast tokenizer takes 0.4 s (SmolLM2) to 2 s (vocabularies of 150,000)
+_MANY_BYTES = 10 << 20  # which the tokenizer needs a second for, on two cores; fastokens a fourth, and 0.25 s to open
 
 
 def open_encoder(config: DataPrepConfig) -> Encoder:
@@ -31,6 +32,8 @@ def open_encoder(config: DataPrepConfig) -> Encoder:
     chosen_prompt = config.prompt_config or MethodConfig(method="DefaultPrompt")
     prompt = make_prompt(chosen_prompt.method, chosen_prompt.kwargs)
     tokenizer = load_prompt_tokenizer(config.base_model)
+    if config.fast_tokenizer and local_size_bytes(config) >= _MANY_BYTES:
+        tokenizer.begin_fast()
     chosen = config.prompt_format_config
     encoder = Encoder(
         tokenizer=tokenizer,
@@ -53,7 +56,7 @@ def open_encoder(config: DataPrepConfig) -> Encoder:
 
 def for_source(encoder: Encoder, config: DataPrepConfig, source: Source) -> Encoder:
     """The encoder with the default prompt for the format of the rows, unless the config names one; fast for many."""
-    if config.fast_tokenizer and source.num_rows >= _MANY_ROWS:
+    if config.fast_tokenizer and source.size_bytes >= _MANY_BYTES:
         encoder.tokenizer.use_fast()
     formats = {part.row_format for part in source.parts}
     is_default = config.prompt_config is None and formats != {"input_response"}

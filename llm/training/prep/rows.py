@@ -134,6 +134,12 @@ class Source:
         """The rows of all sources."""
         return sum(len(part.dataset) for part in self.parts)
 
+    @property
+    def size_bytes(self) -> int:
+        """About how many bytes the rows of all sources are, with the columns that are not used."""
+        tables = [(len(part.dataset), part.dataset.data) for part in self.parts]
+        return sum(table.nbytes * num_rows // table.num_rows for num_rows, table in tables)
+
 
 def load_source(
     config: DatasetConfig,

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from llm.errors import DataError
 from llm.training.config import DataPrepConfig
 from llm.training.prep.arrays import Ints
-from llm.training.prep.dataset import check_source
+from llm.training.prep.dataset import check_source, file_size_bytes
 from llm.training.prep.rows import Source, load_source
 from llm.training.prep.selection import drop_examples
 from llm.training.prep.store import Examples
@@ -23,6 +23,11 @@ def check_sources(config: DataPrepConfig) -> None:
     """`dataset.check_source` of each source."""
     for key, source in config.named_sources.items():
         check_source(source.source_config, key=key)
+
+
+def local_size_bytes(config: DataPrepConfig) -> int:
+    """The bytes of all sources that are files on this machine."""
+    return sum(file_size_bytes(source.source_config) for source in config.named_sources.values())
 
 
 def load_rows(config: DataPrepConfig) -> Source:

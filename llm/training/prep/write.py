@@ -3,7 +3,8 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from llm.training.prep.target import KEY, Target
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_SHARD_BYTES = 500_000_000  # as many as `save_to_disk` has in a file
 DATASET_WRITERS = {
     "save_to_disk": "datasets::Dataset.save_to_disk",
     "to_parquet": "datasets::Dataset.to_parquet",
@@ -40,29 +42,52 @@ def check_writer(writer: MethodConfig) -> None:
 
 
 def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path, *, num_blocks: int) -> "Dataset":
-    """The blocks as a data set, memory-mapped from a file in `folder`; the same bytes give the same fingerprint."""
-    from datasets import Dataset
+    """The blocks as a data set, memory-mapped from files in `folder`; the same bytes give the same fingerprint."""
+    from datasets import Dataset, concatenate_datasets
     from datasets.table import MemoryMappedTable
 
-    path = folder / "blocks.arrow"
-    bar = progress_bar("Packing", total=num_blocks, unit="blocks")
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, BLOCK_SCHEMA) as writer, bar as advance:
-        for batch in batches:
-            writer.write_batch(batch)
-            advance(batch.num_rows)
-    with path.open("rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    shards = []
+    with progress_bar("Packing", total=num_blocks, unit="blocks") as advance:
+        for path in _spill_shards(batches, folder, advance):
+            with path.open("rb") as file:
+                fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            table = pa.ipc.open_stream(map_file(path)).read_all()
+            shards.append(Dataset(MemoryMappedTable(table, str(path)), fingerprint=fingerprint))
     give_unused_back()
-    table = pa.ipc.open_stream(map_file(path)).read_all()
-    return Dataset(MemoryMappedTable(table, str(path)), fingerprint=fingerprint)
+    return concatenate_datasets(shards)
+
+
+def _spill_shards(batches: Iterable[pa.RecordBatch], folder: Path, advance: Callable[[int], object]) -> Iterator[Path]:
+    """Files in `folder`, each complete when it is given."""
+    left = iter(batches)
+    for number, first in enumerate(left):
+        path = folder / f"blocks-{number:05d}.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, BLOCK_SCHEMA) as writer:
+            for batch in chain([first], left):
+                writer.write_batch(batch)
+                advance(batch.num_rows)
+                if sink.tell() >= _SHARD_BYTES:
+                    break
+        yield path
 
 
 def write_dataset(blocks: "Dataset", writer: MethodConfig, target: Target) -> None:
     """Hands the blocks to the writer method, with `target` as its path."""
     method = resolve_method(writer.method, DATASET_WRITERS, key=f"{KEY}.method")
     with working("Writing"), library_bars_hidden():
-        call_method(method, blocks, kwargs={**writer.kwargs, target.path_key: target.path}, key=KEY)
+        if writer.method == "save_to_disk" and [*writer.kwargs] == [target.path_key]:
+            _move_to_disk(blocks, target.path)
+        else:
+            call_method(method, blocks, kwargs={**writer.kwargs, target.path_key: target.path}, key=KEY)
     give_unused_back()
+
+
+def _move_to_disk(blocks: "Dataset", path: str) -> None:
+    """What `save_to_disk` makes, out of the files that hold the blocks: nothing is copied, as much disk is saved."""
+    files = [file["filename"] for file in blocks.cache_files]
+    blocks.select(range(len(files))).save_to_disk(path, num_shards=len(files))  # one block in each file
+    for file, shard in zip(files, sorted(Path(path).glob("data-*.arrow")), strict=True):
+        Path(file).replace(shard)
 
 
 def write_records(
