@@ -5,7 +5,7 @@ file `rows.parquet` it is `rows.parquet.manifest.json`.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import fsspec
@@ -61,7 +61,7 @@ def manifest_path(dataset_path: str) -> str:
 def write_manifest(manifest: Manifest, dataset_path: str, **storage_options: Any) -> None:
     """Writes the manifest beside the blocks: the last step of a preparation."""
     with fsspec.open(manifest_path(dataset_path), "w", encoding="utf-8", **storage_options) as file:
-        json.dump(asdict(manifest), file, ensure_ascii=False, indent=1)
+        json.dump(manifest, file, default=vars, ensure_ascii=False, indent=1)
 
 
 def read_manifest(dataset_path: str, **storage_options: Any) -> Manifest:

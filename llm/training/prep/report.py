@@ -141,7 +141,7 @@ class Report:
 
     def as_json(self) -> str:
         """The text of `report.json`."""
-        return json.dumps(asdict(self), ensure_ascii=False, indent=1)
+        return json.dumps(self, default=vars, ensure_ascii=False, indent=1)
 
 
 def make_report(manifest: Manifest, examples: Examples, ledger: pa.Table, encoder: Encoder) -> Report:
