@@ -28,6 +28,7 @@ from typer.testing import CliRunner, Result
 
 from llm.cli import app
 from llm.tokenizer import PromptTokenizer
+from llm.training import dataprep
 from llm.training.config import DataPrepConfig, DatasetConfig
 from llm.training.config_file import load_config
 from llm.training.prep import engine
@@ -200,6 +201,21 @@ def test_dataprep_with_the_fast_tokenizer_writes_the_same_bytes(job: Job, monkey
     expected = job.files()
     job.done(overwrite=True, reuse_tokens=False)
     assert used == [True] and job.files() == expected
+
+
+def test_fast_tokenizer_is_opened_while_the_rows_are_loaded_and_only_for_many(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    begin_fast, load = PromptTokenizer.begin_fast, dataprep.load_rows
+    monkeypatch.setattr(PromptTokenizer, "begin_fast", lambda self: (told.append("begun"), begin_fast(self))[1])
+    monkeypatch.setattr(dataprep, "load_rows", lambda config: (told.append("loading"), load(config))[1])
+    job.done(reuse_tokens=False)
+    assert told == ["loading"]
+    told.clear()
+    monkeypatch.setattr(engine, "_MANY_BYTES", 30)
+    job.done(overwrite=True, reuse_tokens=False)
+    assert told == ["begun", "loading", "begun"]  # the second one waits for the first
 
 
 def test_dataprep_of_rows_in_any_file_format_has_the_same_blocks(job: Job) -> None:

@@ -3,17 +3,19 @@
 import json
 import random
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import TOKENIZERS, byte_level_tokenizer
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from llm import fast_tokenizer
 from llm.errors import DataError
-from llm.fast_tokenizer import open_fast
+from llm.fast_tokenizer import FastEncoder, open_fast
 from llm.tokenizer import PromptTokenizer
 
 PIECES = [*fast_tokenizer._PIECES, "<s>", "</s>", "<|im_start|>", "quick", " brown"]
@@ -84,6 +86,43 @@ def test_difference_in_the_first_rows_or_one_of_a_hundred_is_an_error(
     with pytest.raises(DataError, match="for the text 'A Zebra'. Set `fast_tokenizer: false`."):
         for start in range(0, 2000, 500):
             tokenizer.encode(texts[start : start + 500])
+
+
+def test_all_of_the_first_texts_are_compared_once_however_many_threads_begin() -> None:
+    backend = byte_level_tokenizer().backend_tokenizer
+    both, compared = threading.Barrier(2), []
+
+    class Waiting(Other):
+        def encode_batch_flat(self, texts: Sequence[str], add_special_tokens: bool) -> tuple[bytes, bytes]:
+            both.wait(timeout=10)
+            return super().encode_batch_flat(texts, add_special_tokens)
+
+    class Counting:
+        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[Encoding]:
+            compared.append(len(texts))
+            return backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+    fast = FastEncoder(Counting(), Waiting(wrong="Zebra").from_json_str(backend.to_str()))  # type: ignore[arg-type]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(fast.encode, [[f"row {n}" for n in range(1000)]] * 2))
+    assert sorted(compared) == [10, 1000]
+
+
+def test_opening_begins_beside_what_else_is_done_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, may_end = [], threading.Event()
+
+    def opened(*args: Any) -> FastEncoder | None:
+        threads.append(threading.current_thread())
+        assert may_end.wait(timeout=10)
+        return open_fast(*args)
+
+    monkeypatch.setattr("llm.tokenizer.open_fast", opened)
+    tokenizer = PromptTokenizer(byte_level_tokenizer())
+    assert not tokenizer.begin_fast().done()
+    assert tokenizer.encode(["a b"]) == PromptTokenizer(byte_level_tokenizer()).encode(["a b"])
+    may_end.set()
+    assert tokenizer.use_fast() and tokenizer.use_fast()
+    assert len(threads) == 1 and threads[0] is not threading.main_thread()
 
 
 def test_without_fastokens_all_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

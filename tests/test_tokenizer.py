@@ -1,4 +1,6 @@
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,7 @@ from conftest import TOKENIZERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_templates import SMOLLM2, Published
-from tokenizers import AddedToken, normalizers, processors
+from tokenizers import AddedToken, Encoding, Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerBase
 
 from llm.errors import ConfigError
@@ -23,6 +25,32 @@ def test_encode_recognises_control_tokens_and_adds_nothing() -> None:
     [ids] = TOKENIZER.encode(["a<|im_end|>"])
     assert ids[-1] == TOKENIZER.control_tokens["<|im_end|>"]
     assert TOKENIZER.decode([ids]) == ["a<|im_end|>"]
+
+
+class Counting:
+    """A backend that tells how many batches were in it at a time."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.backend = backend
+        self.inside: list[int] = []
+        self.most: list[int] = []
+
+    def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[Encoding]:
+        self.inside.append(1)
+        time.sleep(0.02)
+        self.most.append(len(self.inside))
+        self.inside.pop()
+        return list(self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens))
+
+
+def test_two_batches_are_in_the_library_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Published(repo="", template="", bos="<s>", eos="</s>", marks=MARKS).prompt_tokenizer()
+    counting = Counting(tokenizer._backend)
+    monkeypatch.setattr(tokenizer, "_backend", counting)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        found = list(pool.map(tokenizer.encode, [["a b"]] * 12))
+    assert found == [TOKENIZER.encode(["a b"])] * 12
+    assert max(counting.most) == 2
 
 
 @given(TEXTS, TEXTS)

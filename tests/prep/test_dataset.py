@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from prep_helpers import some_rows, write_jsonl
 
 from llm.errors import ConfigError, DataError
 from llm.training.config import DatasetConfig
-from llm.training.prep.dataset import check_source, load_blocks, load_dataset_config
+from llm.training.prep.dataset import check_source, file_size_bytes, load_blocks, load_dataset_config
 from llm.training.prep.rows import Row, iterate_rows, load_source
 
 pytest_plugins = ("prep_fixtures",)
@@ -247,6 +248,28 @@ def test_missing_file_is_a_config_error_before_anything_is_read(
     write_jsonl(tmp_path / "row.jsonl", ROWS)
     with pytest.raises(ConfigError, match="source_config: there is no file or folder `"):
         check_source(config)
+
+
+def test_size_of_a_source_is_that_of_its_files_on_this_machine(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    num_bytes = (tmp_path / "rows.jsonl").stat().st_size
+    assert file_size_bytes(path_config(tmp_path / "rows.jsonl")) == num_bytes > 100
+    assert file_size_bytes(method("load_dataset", path="json", data_files=str(tmp_path / "rows.jsonl"))) == num_bytes
+    saved = sum(path.stat().st_size for path in (tmp_path / "saved").iterdir())
+    assert file_size_bytes(path_config(tmp_path / "saved")) == saved > 100
+    for elsewhere in (path_config("s3://bucket/rows.jsonl"), method("load_dataset", path="owner/name")):
+        assert file_size_bytes(elsewhere) == 0
+
+
+def test_size_of_rows_is_that_of_those_that_are_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    source = load_source(path_config(tmp_path / "rows.jsonl"))
+    texts = sum(len(row["input"].encode()) + len(row["response"].encode()) for row in ROWS)
+    assert source.size_bytes > texts
+    two = replace(source, dataset=source.dataset.select([0, 3]))
+    assert two.size_bytes == source.size_bytes * 2 // len(ROWS)
+    assert replace(source, others=(two,)).size_bytes == source.size_bytes + two.size_bytes
 
 
 def test_missing_file_with_a_near_name_is_told(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from datasets.utils import are_progress_bars_disabled
 
 from llm.errors import ConfigError
 from llm.training.config import DatasetConfig, MethodConfig
+from llm.training.prep import write
 from llm.training.prep.blocks import BLOCK_SCHEMA, Padding, iterate_blocks
 from llm.training.prep.dataset import load_blocks
 from llm.training.prep.pack import pack_examples
@@ -113,6 +114,30 @@ def test_spilled_blocks_with_other_content_have_another_fingerprint(tmp_path: Pa
     (tmp_path / "c").mkdir()
     other = spill_blocks([batch.slice(1) for batch in batches()], tmp_path / "c", num_blocks=len(TEXTS))
     assert one._fingerprint == same._fingerprint != other._fingerprint
+
+
+@pytest.mark.parametrize(("shard_bytes", "num_shards"), [(500_000_000, 1), (1, len(TEXTS))])
+def test_blocks_saved_to_disk_are_what_the_library_saves_and_are_not_copied(
+    shard_bytes: int, num_shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "_SHARD_BYTES", shard_bytes)
+    tmp_path.joinpath("spill").mkdir()
+    one_each = (part for batch in batches() for part in (batch.slice(n, 1) for n in range(batch.num_rows)))
+    blocks = spill_blocks(one_each, tmp_path / "spill", num_blocks=len(TEXTS))
+    files = [Path(file["filename"]) for file in blocks.cache_files]
+    inodes = [file.stat().st_ino for file in files]
+    blocks.save_to_disk(tmp_path / "library", num_shards=num_shards)
+    write_dataset(blocks, *writer("save_to_disk", tmp_path / "ours"))
+    ours, theirs = (load_from_disk(tmp_path / name) for name in ("ours", "library"))
+    assert list(ours) == list(theirs) == expected() and ours.features == theirs.features
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == sorted(
+        path.name for path in (tmp_path / "library").iterdir()
+    )
+    info = [(tmp_path / name / "dataset_info.json").read_text() for name in ("ours", "library")]
+    assert info[0] == info[1]
+    shards = sorted((tmp_path / "ours").glob("data-*.arrow"))
+    assert [shard.stat().st_ino for shard in shards] == inodes and len(inodes) == num_shards
+    assert not any(file.exists() for file in files)
 
 
 @pytest.mark.parametrize(
