@@ -120,7 +120,7 @@ def _longest(source: Source, rows: str, base_model: str) -> int | None:
         return None
     writer = {"method": "save_to_disk", "kwargs": {"dataset_path": "x"}}
     data: dict[str, Any] = {"source_config": rows, "base_model": base_model, "dataset_writer_config": writer}
-    config = DataPrepConfig.model_validate(data | {"chunksize": LONGEST})
+    config = DataPrepConfig.model_validate(data | {"chunksize": LONGEST, "fast_tokenizer": False})
     encoder = for_source(open_encoder(config), config, source)
     outcomes = encoder.encode(next(iterate_rows(source, batch_size=SAMPLE_ROWS)))
     lengths = [len(one.input_ids) if isinstance(one, Example) else one.num_tokens for one in outcomes]

@@ -230,6 +230,12 @@ def test_rows_before_preparing_show_the_tokens_that_dataprep_makes(tmp_path: Pat
     assert tokens == [line for line in after if not line.startswith(("Block", "block", "---", "padding")) and line]
 
 
+def test_inspecting_rows_opens_no_fast_tokenizer(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm.training.prep.engine._MANY_BYTES", 1)
+    monkeypatch.setattr(PromptTokenizer, "begin_fast", lambda self: pytest.fail("it takes 0.25 s to 2 s"))
+    assert len(titles(shown(yaml(tmp_path, model)))) >= 2
+
+
 def test_inspecting_rows_writes_nothing(tmp_path: Path, model: Path) -> None:
     config = yaml(tmp_path, model)
     before = sorted(tmp_path.rglob("*"))

@@ -29,6 +29,7 @@ def row_views(config: DataPrepConfig, *, first: int, num_rows: int) -> Iterator[
 
     Raises what dataprep does before and at these rows: ConfigError, DataError.
     """
+    config = config.model_copy(update={"fast_tokenizer": False})  # takes longer to open than a few rows do
     check_sources(config)
     encoder = open_encoder(config)
     source = load_rows(config)
