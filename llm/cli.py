@@ -246,7 +246,7 @@ def sync(
 
 def _collect_garbage_rarely() -> None:
     """Python looks through all that libraries made, again and again as they are imported, and at the end: 0.2 s."""
-    gc.set_threshold(50_000)
+    gc.set_threshold(50_000, 100)
     atexit.register(gc.freeze)
 
 

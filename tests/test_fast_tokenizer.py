@@ -74,7 +74,7 @@ def test_fastokens_that_differs_on_odd_texts_is_not_used(
     assert "fastokens is not used: it gives other ids" in caplog.text
 
 
-@pytest.mark.parametrize("number", [0, 999, 1000, 1500])
+@pytest.mark.parametrize("number", [0, 299, 300, 500, 1500])
 def test_difference_in_the_first_rows_or_one_of_a_hundred_is_an_error(
     number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +105,7 @@ def test_all_of_the_first_texts_are_compared_once_however_many_threads_begin() -
     fast = FastEncoder(Counting(), Waiting(wrong="Zebra").from_json_str(backend.to_str()))  # type: ignore[arg-type]
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(fast.encode, [[f"row {n}" for n in range(1000)]] * 2))
-    assert sorted(compared) == [10, 1000]
+    assert sorted(compared) == [10, 307]
 
 
 def test_opening_begins_beside_what_else_is_done_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
