@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 # Two private-use characters: around the number of a control token that is text, and of one that is a mark.
 _AS_TEXT, _AS_MARK = "\uf8fd", "\uf8fe"
 _KEPT = re.compile(f"{_AS_TEXT}([0-9]+){_AS_TEXT}")
+_LIKE_OURS = re.compile(f"{_AS_TEXT}[0-9]+{_AS_TEXT}|{_AS_MARK}[0-9]+{_AS_MARK}")
 # Each batch keeps all cores busy: of three at once all end at the same time, and then none computes until Python has
 # prepared more, a sixth of the time on two cores.
 _in_backend = threading.Semaphore(2)
-_LIKE_OURS = re.compile(f"{_AS_TEXT}[0-9]+{_AS_TEXT}|{_AS_MARK}[0-9]+{_AS_MARK}")
 
 
 class PromptTokenizer:
