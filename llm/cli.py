@@ -6,6 +6,7 @@ Heavy libraries are imported inside the commands: `--help` and a config error an
 
 import atexit
 import gc
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -247,7 +248,12 @@ def sync(
 def _collect_garbage_rarely() -> None:
     """Python looks through all that libraries made, again and again as they are imported, and at the end: 0.2 s."""
     gc.set_threshold(50_000, 100)
-    atexit.register(gc.freeze)
+    atexit.register(_collect_nothing_more)
+
+
+def _collect_nothing_more() -> None:
+    if "torch" not in sys.modules:  # whose Triton tells at the end what was not collected, in 30 lines
+        gc.freeze()
 
 
 def main() -> None:

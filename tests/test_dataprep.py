@@ -165,6 +165,14 @@ def test_dataprep_started_in_three_ways_writes_the_same_bytes(job: Job) -> None:
     assert found[0] and found[0] == found[1] == found[2]
 
 
+def test_first_start_with_a_model_ends_with_the_last_line_of_the_summary(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM_TRAIN_CACHE", str(job.folder / "empty"))  # so that transformers and torch are imported
+    output, _ = start(sys.executable, "llm/training/dataprep.py", str(job.write())).communicate(timeout=120)
+    assert output.splitlines()[-1].startswith("  report "), output
+
+
 # --- sources and writers ----------------------------------------------------------------------------------
 
 
