@@ -166,10 +166,13 @@ def test_dataprep_started_in_three_ways_writes_the_same_bytes(job: Job) -> None:
 
 
 def test_first_start_with_a_model_ends_with_the_last_line_of_the_summary(
-    job: Job, monkeypatch: pytest.MonkeyPatch
+    job: Job, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLM_TRAIN_CACHE", str(job.folder / "empty"))  # so that transformers and torch are imported
-    output, _ = start(sys.executable, "llm/training/dataprep.py", str(job.write())).communicate(timeout=120)
+    monkeypatch.setenv("LLM_TRAIN_CACHE", str(job.folder / "empty"))  # so that transformers, torch, Triton are imported
+    whole = shutil.copytree(model, job.folder / "whole")
+    (whole / "config.json").write_text('{"model_type": "llama"}')
+    config = str(job.write(base_model=str(whole)))
+    output, _ = start(sys.executable, "llm/training/dataprep.py", config).communicate(timeout=120)
     assert output.splitlines()[-1].startswith("  report "), output
 
 
