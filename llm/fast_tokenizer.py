@@ -44,9 +44,8 @@ class FastEncoder:
         """The ids of each text, nothing added; DataError when a compared one differs."""
         first, self._num_left = self._num_left, max(0, self._num_left - len(texts))  # before other threads come
         encoded = self._encode(texts)
-        compared = [*range(len(texts))[:first], *range(len(texts))[first::_ONE_IN]]
-        pairs = [(texts[place], encoded[place]) for place in compared]
-        if (wrong := _first_difference(pairs, self._backend)) is not None:
+        pairs = list(zip(texts, encoded, strict=True))
+        if (wrong := _first_difference(pairs[:first] + pairs[first::_ONE_IN], self._backend)) is not None:
             raise DataError(
                 f"fastokens gives other ids than the tokenizer of the model for the text {wrong[:80]!r}. "
                 "Set `fast_tokenizer: false`."

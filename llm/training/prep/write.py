@@ -75,7 +75,7 @@ def write_dataset(blocks: "Dataset", writer: MethodConfig, target: Target) -> No
     """Hands the blocks to the writer method, with `target` as its path."""
     method = resolve_method(writer.method, DATASET_WRITERS, key=f"{KEY}.method")
     with working("Writing"), library_bars_hidden():
-        if writer.method == "save_to_disk" and [*writer.kwargs] == [target.path_key]:
+        if writer.method == "save_to_disk" and [*writer.kwargs] == [target.path_key]:  # nothing said about its files
             _move_to_disk(blocks, target.path)
         else:
             call_method(method, blocks, kwargs={**writer.kwargs, target.path_key: target.path}, key=KEY)
