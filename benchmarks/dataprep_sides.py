@@ -49,15 +49,13 @@ def bare(corpus: str, model: str, library: str) -> dict[str, Any]:
 
 
 def ours(warm_up: str, config: str) -> dict[str, Any]:
-    """Our preparation once more in a process that has imported everything it needs, by preparing a few rows."""
+    """Our command once more in a process that has imported everything it needs, by preparing a few rows."""
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from llm.training.config import DataPrepConfig
-    from llm.training.config_file import load_config
-    from llm.training.dataprep import prepare
+    from llm.cli import dataprep
 
-    prepare(load_config(warm_up, DataPrepConfig))
+    dataprep(warm_up)
     start = time.perf_counter()
-    prepare(load_config(config, DataPrepConfig))
+    dataprep(config)
     return {"net_seconds": time.perf_counter() - start}
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     TokenIds = array[int]
 else:  # not to be subscripted before Python 3.12
     TokenIds = array
-"""Ids as integers of 4 bytes, `array("i")`: NumPy and Arrow read them as they stand, the garbage collector need not."""
+"""Ids as integers of 4 bytes, `array("I")`: NumPy and Arrow read them as they stand, the garbage collector need not."""
 
 _NUM_FIRST = 300  # texts of the data that are all compared
 _ONE_IN = 100
@@ -58,7 +58,7 @@ class FastEncoder:
 
     def _encode(self, texts: Sequence[str]) -> list[TokenIds]:
         flat, offsets = self._fast.encode_batch_flat(list(texts), add_special_tokens=False)
-        ids = array("i")
+        ids = array("I")
         ids.frombytes(flat)
         edges = np.frombuffer(offsets, np.uint64).tolist()
         return [ids[start:end] for start, end in itertools.pairwise(edges)]

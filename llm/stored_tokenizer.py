@@ -41,9 +41,10 @@ class _Facts:
 class StoredTokenizer:
     """Stands in for the tokenizer of transformers that it was kept from; only a chat needs that one itself."""
 
-    def __init__(self, base_model: str, backend: Tokenizer, facts: _Facts) -> None:
-        """The tokenizer of `base_model`, built before."""
-        self.backend_tokenizer = backend
+    def __init__(self, base_model: str, text: str, facts: _Facts) -> None:
+        """The tokenizer of `base_model`, built before; `text` is its JSON."""
+        self.backend_tokenizer = Tokenizer.from_str(text)
+        self.text = text
         self.eos_token, self.pad_token_id = facts.eos_token, facts.pad_token_id
         self._base_model, self._chat_template = base_model, facts.chat_template
 
@@ -91,7 +92,7 @@ def read_stored(path: Path, base_model: str) -> StoredTokenizer | None:
         return None
     if hashlib.sha256(text.encode()).hexdigest() != facts.digest:
         return None
-    return StoredTokenizer(base_model, Tokenizer.from_str(text), facts)
+    return StoredTokenizer(base_model, text, facts)
 
 
 def write_stored(path: Path, tokenizer: "PreTrainedTokenizerBase") -> None:

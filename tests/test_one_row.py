@@ -86,7 +86,7 @@ def test_one_row_through_every_stage_has_the_written_values(config: DataPrepConf
         Example(
             row=0,
             text=PROMPT_TEXT + TRAINED_TEXT,
-            input_ids=array("i", PROMPT_IDS + TRAINED_IDS),
+            input_ids=array("I", PROMPT_IDS + TRAINED_IDS),
             trained=((28, 30),),
         )
     ]

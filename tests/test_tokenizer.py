@@ -8,8 +8,8 @@ from conftest import TOKENIZERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_templates import SMOLLM2, Published
-from tokenizers import AddedToken, Encoding, Tokenizer, normalizers, processors
-from transformers import PreTrainedTokenizerBase
+from tokenizers import AddedToken, Encoding, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm.errors import ConfigError
 from llm.tokenizer import PromptTokenizer, load_prompt_tokenizer, tokenizer_fingerprint
@@ -74,6 +74,55 @@ def test_control_tokens_kept_as_text_in_every_kind_of_tokenizer(name: str) -> No
     [ids] = tokenizer.encode([f"<s>{kept}</s>"])
     controls = {number: token for token, number in tokenizer.control_tokens.items() if token != "<unk>"}
     assert [controls[number] for number in ids if number in controls] == ["<s>", "</s>"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_text_kept_as_text_has_the_ids_that_it_has_where_nothing_is_a_control_token(name: str) -> None:
+    added = TOKENIZERS[name]()
+    added.add_tokens([AddedToken("<file>", normalized=False)])
+    facts = json.loads(added.backend_tokenizer.to_str())
+    facts["added_tokens"] = [token for token in facts["added_tokens"] if not token["special"]]
+    plain = Tokenizer.from_str(json.dumps(facts | {"post_processor": None}))
+    tokenizer = PromptTokenizer(added)
+    texts = [
+        "</s>",
+        "a</s> b",
+        "<file><|im_end|><file>",
+        "</s></s>4<s>",
+        " <s>\nThe fox</s>",
+        "<|im_start|>user\n<file>",
+    ]
+    kept = tokenizer.encode([tokenizer.keep_as_text(text) for text in texts])
+    assert [ids.tolist() for ids in kept] == [one.ids for one in plain.encode_batch(texts)]
+    assert added.convert_tokens_to_ids("<file>") in kept[2]
+
+
+WORDS = {"<unk>": 0, "</s>": 1, "a": 2, "<": 3, "/": 4, "s": 5, ">": 6}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.BPE(WORDS, [], ignore_merges=True),
+        models.Unigram([(word, -float(n)) for word, n in WORDS.items()], 0),
+    ],
+    ids=["merges ignored", "unigram"],
+)
+def test_control_token_that_the_model_knows_as_a_word_is_kept_as_text(model: models.Model) -> None:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["</s>"])
+    tokenizer = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    [ids] = tokenizer.encode([f"{tokenizer.keep_as_text('a </s>')}</s>"])
+    assert ids.tolist() == [2, 3, 4, 5, 6, 1]
+
+
+def test_control_token_of_one_character_is_kept_as_text() -> None:
+    backend = Tokenizer(models.BPE({"a": 0, "@": 1, "<0x40>": 2}, [], byte_fallback=True))
+    backend.add_special_tokens(["@"])
+    tokenizer = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="@"))
+    [ids] = tokenizer.encode([f"{tokenizer.keep_as_text('a@')}@"])
+    assert ids.tolist() == [0, 2, 1]
 
 
 def test_number_of_a_control_token_between_two_of_them_stays_a_number() -> None:

@@ -29,11 +29,11 @@ pytest_plugins = ("prep_fixtures",)
 
 ROWS = [Row.of(number=n, input=f"q{n}", response=f"a{n}", contexts=("c",) * (n % 2)) for n in range(6)]
 OUTCOMES = [
-    Example(row=0, text="t0", input_ids=array("i", [1, 2, 3]), trained=((1, 3),)),
+    Example(row=0, text="t0", input_ids=array("I", [1, 2, 3]), trained=((1, 3),)),
     Dropped(row=1, reason="too_long", num_tokens=99),
-    Example(row=2, text="t2", input_ids=array("i", [4, 5, 6, 7]), trained=((2, 4),), num_cut_contexts=1),
+    Example(row=2, text="t2", input_ids=array("I", [4, 5, 6, 7]), trained=((2, 4),), num_cut_contexts=1),
     Dropped(row=3, reason="empty_response"),
-    Example(row=4, text="t4", input_ids=array("i", [8, 9]), trained=((1, 2),), has_control_text=True),
+    Example(row=4, text="t4", input_ids=array("I", [8, 9]), trained=((1, 2),), has_control_text=True),
     Dropped(row=5, reason="too_long", num_tokens=50),
 ]
 
@@ -215,8 +215,8 @@ def test_summary_names_reasons_rows_and_place(
 
 def test_ledger_estimates_contexts_by_their_share_of_characters(tmp_path: Path) -> None:
     rows = [Row.of(number=n, input="q", response="a", contexts=("12345", "67890")) for n in range(2)]
-    whole = Example(row=0, text="x" * 40, input_ids=array("i", range(20)), trained=((18, 20),))
-    cut = Example(row=1, text="x" * 40, input_ids=array("i", range(8)), trained=((6, 8),), num_cut_contexts=1)
+    whole = Example(row=0, text="x" * 40, input_ids=array("I", range(20)), trained=((18, 20),))
+    cut = Example(row=1, text="x" * 40, input_ids=array("I", range(8)), trained=((6, 8),), num_cut_contexts=1)
     collector = Collector("all")
     collector.add(rows, ShardStore(tmp_path).shard(rows, lambda batch: [whole, cut]))
     examples = collector.examples()
@@ -228,7 +228,7 @@ def test_ledger_estimates_contexts_by_their_share_of_characters(tmp_path: Path) 
 def test_ledger_counts_the_contexts_of_a_conversation_that_stays_as_it_is(tmp_path: Path) -> None:
     row = Row(number=0, turns=(), chat={"messages": [], "tools": [], "contexts": ["12345", "678"]})
     collector = Collector("all")
-    example = Example(row=0, text="x" * 40, input_ids=array("i", range(20)), trained=((18, 20),), has_control_text=True)
+    example = Example(row=0, text="x" * 40, input_ids=array("I", range(20)), trained=((18, 20),), has_control_text=True)
     collector.add([row], ShardStore(tmp_path).shard([row], lambda batch: [example]))
     assert collector.examples().ledger["num_contexts_characters"].to_pylist() == [8]
 

@@ -1,6 +1,5 @@
 """Bin packing over lengths, for stage 4: into as few blocks as we know how."""
 
-from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -60,20 +59,21 @@ def _full_blocks(lengths: Ints, chunksize: int) -> Ints:
     the bound. It is better where two or three fill most of a block and short ones must be saved for the gaps.
     """
     counts = np.bincount(lengths, minlength=chunksize + 1).tolist()
-    left: list[int] = np.flatnonzero(counts).tolist()
+    left = sum(1 << length for length in np.flatnonzero(counts).tolist())  # bit n is set while there is one of n tokens
     places: list[Ints] = []  # the lengths in each block, block after block
     sizes: list[Ints] = []
     while left:
-        longest = left[-1]
+        longest = left.bit_length() - 1
         counts[longest] -= 1
-        block = [longest, *_fullest(left, counts, chunksize - longest)]
+        others = left if counts[longest] else left ^ 1 << longest
+        block = [longest, *_fullest(others, counts, chunksize - longest)]
         counts[longest] += 1
         uses = Counter(block)
         times = min(counts[length] // number for length, number in uses.items())
         for length, number in uses.items():
             counts[length] -= number * times
             if not counts[length]:
-                del left[bisect_left(left, length)]
+                left ^= 1 << length
         places.append(np.tile(block, times))
         sizes.append(np.full(times, len(block)))
     num_examples = np.concatenate(sizes)
@@ -83,24 +83,26 @@ def _full_blocks(lengths: Ints, chunksize: int) -> Ints:
     return block_of
 
 
-def _fullest(lengths: Sequence[int], counts: Sequence[int], room: int) -> list[int]:
-    """Of `lengths` (rising, `counts[length]` of each) those whose sum is `room`, or next below; long before short.
+def _fullest(lengths: int, counts: Sequence[int], room: int) -> list[int]:
+    """Of `lengths` (its bits, `counts[length]` of each) those whose sum is `room`, or next below; long before short.
 
     One big integer has bit s set when some of the lengths seen so far sum to s; it ends as soon as bit `room` is.
     """
-    sums, mask, seen = 1, (2 << room) - 1, []
-    for length in reversed(lengths[: bisect_right(lengths, room)]):
+    mask, half = (2 << room) - 1, (2 << room // 2) - 1
+    sums, seen = 1 | lengths & mask & ~half, []  # two that are longer than half of `room` never fit
+    lengths &= half
+    while lengths and not sums >> room:
+        length = lengths.bit_length() - 1
+        lengths ^= 1 << length
         for _ in range(min(counts[length], room // length)):
             more = (sums | sums << length) & mask
             if more == sums:
                 break
             seen.append((length, sums))
             sums = more
-        if sums >> room:
-            break
     chosen, total = [], sums.bit_length() - 1
     for length, before in reversed(seen):
         if not before >> total & 1:
             chosen.append(length)
             total -= length
-    return chosen
+    return [*chosen, total] if total else chosen

@@ -59,7 +59,7 @@ class Example:
     """The tokens of one row.
 
     text      = "Q: 1+1? A: 2</s>"
-    input_ids = [48, 25, 220, 16, 30, 362, 25, 220, 17, 2]      array of type i, 4 bytes each
+    input_ids = [48, 25, 220, 16, 30, 362, 25, 220, 17, 2]      array of type I, 4 bytes each
     trained   = ((7, 10),)                  half-open ranges of ids that become labels; the last id is the stop token
     """
 
@@ -258,7 +258,7 @@ class Encoder:
     def _example(self, row: Row, pairs: Sequence[Pair], joined: Sequence[JoinedIds], *, is_plain: bool) -> Outcome:
         if not pairs and row.chat is not None:
             return Dropped(row=row.number, reason="refused_by_template")
-        input_ids = array("i")
+        input_ids = array("I")
         trained = []
         for prompt, response in joined:
             if response is None:

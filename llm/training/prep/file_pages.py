@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 _SECONDS_BETWEEN_LOOKS = 0.01  # in which 5 to 30 MB are read
+_LEAST_SECONDS = 0.001  # a look takes 0.02 ms, and some who read call for each of a thousand pieces
 _MOST_BYTES = 16 << 20
 _MAPS = Path("/proc/self/maps")
 _SIZES = Path("/proc/self/statm")  # in pages: all, in memory, of these in memory from files
@@ -35,6 +37,7 @@ class _FilePages:
         self._maps: weakref.WeakSet[_Map] = weakref.WeakSet()
         self._lock = threading.Lock()  # a set must not grow while it is gone through
         self._most = sys.maxsize
+        self._next_look = 0.0
 
     def map_file(self, path: Path) -> pa.Buffer:
         with pa.memory_map(str(path)) as file:
@@ -55,7 +58,11 @@ class _FilePages:
         self._most = sys.maxsize
 
     def give_back(self, *, at_once: bool = False) -> None:
-        if self._most < sys.maxsize and (at_once or _num_pages() > self._most):
+        now = time.monotonic()
+        if self._most == sys.maxsize or not (at_once or now >= self._next_look):
+            return
+        self._next_look = now + _LEAST_SECONDS
+        if at_once or _num_pages() > self._most:
             # Not `mmap`, which keeps a file open for each map: 1,024 are allowed. PyDLL keeps Python's lock.
             madvise = ctypes.PyDLL(None).madvise
             with self._lock:

@@ -186,7 +186,7 @@ def _examples_batch(outcomes: Sequence[Outcome]) -> pa.RecordBatch:
         pa.array([example.row for example in examples], pa.int64()),
         pa.array([example.text for example in examples], pa.string()),
         _lists([example.input_ids for example in examples]),
-        _lists([array("i", chain.from_iterable(example.trained)) for example in examples]),
+        _lists([array("I", chain.from_iterable(example.trained)) for example in examples]),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 

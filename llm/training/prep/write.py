@@ -1,7 +1,6 @@
 """Stage 5, second half: blocks -> the data set at its target, then ledger, config and report, the manifest last."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -44,15 +43,15 @@ def check_writer(writer: MethodConfig) -> None:
 def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path, *, num_blocks: int) -> "Dataset":
     """The blocks as a data set, memory-mapped from files in `folder`; the same bytes give the same fingerprint."""
     from datasets import Dataset, concatenate_datasets
+    from datasets.fingerprint import Hasher
     from datasets.table import MemoryMappedTable
 
     shards = []
     with progress_bar("Packing", total=num_blocks, unit="blocks") as advance:
         for path in _spill_shards(batches, folder, advance):
-            with path.open("rb") as file:
-                fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            table = pa.ipc.open_stream(map_file(path)).read_all()
-            shards.append(Dataset(MemoryMappedTable(table, str(path)), fingerprint=fingerprint))
+            blocks = map_file(path)
+            table = MemoryMappedTable(pa.ipc.open_stream(blocks).read_all(), str(path))
+            shards.append(Dataset(table, fingerprint=Hasher.hash_bytes([blocks])))
     give_unused_back()
     return concatenate_datasets(shards)
 
