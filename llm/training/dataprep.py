@@ -54,7 +54,7 @@ def prepare(config: DataPrepConfig) -> Manifest:
                 split.table,
                 packing,
                 padding(config, encoder.tokenizer),
-                decode=encoder.tokenizer.decode,
+                decode=encoder.tokenizer.decode_bytes,
                 places=split.places,
             )
             blocks = spill_blocks(batches, folder, num_blocks=packing.num_blocks)

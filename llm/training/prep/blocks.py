@@ -3,6 +3,7 @@
 Works on whole batches as NumPy arrays: no token passes through Python.
 """
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llm.fast_tokenizer import TokenIds
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import DataPrepConfig
 from llm.training.prep.arrays import FlatLists, Ints, make_lists
@@ -19,10 +21,10 @@ from llm.training.prep.overlap import three_at_a_time
 from llm.training.prep.pack import Packing
 from llm.training.prep.share import Forest
 
-Decode = Callable[[Sequence[Sequence[int]]], list[str]]
+DecodeBytes = Callable[[Sequence[TokenIds]], pa.LargeBinaryArray]
 
 _TOKENS_AT_ONCE = 2**18  # of a batch of blocks, of which up to five are in memory, 40 bytes a token
-_BATCHES_READ = 8  # together: 10 MB
+_BATCHES_READ = 4  # together: 10 MB
 _TOKENS = pa.list_(pa.int32())
 BLOCK_SCHEMA = pa.schema(
     [
@@ -61,7 +63,7 @@ def iterate_blocks(
     packing: Packing,
     padding: Padding,
     *,
-    decode: Decode | None = None,
+    decode: DecodeBytes | None = None,
     places: Ints | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Batches of `BLOCK_SCHEMA`, from `examples` or from those at `places`, which are the ones that were packed.
@@ -135,7 +137,7 @@ def _batches(columns: _Columns, packing: Packing, places: Ints) -> Iterator[_Bat
             yield _Batch(columns=read, rows=rows, examples=examples[rows], num_examples=np.diff(bounds))
 
 
-def _columns_of(batch: _Batch, forest: Forest | None, padding: Padding, decode: Decode | None) -> pa.RecordBatch:
+def _columns_of(batch: _Batch, forest: Forest | None, padding: Padding, decode: DecodeBytes | None) -> pa.RecordBatch:
     """`BLOCK_SCHEMA` of some blocks."""
     columns, rows, num_examples = batch.columns, batch.rows, batch.num_examples
     lengths = columns.input_ids.lengths[rows].astype(np.int64)
@@ -171,29 +173,28 @@ def _is_trained(spans: Sequence[Ints], origins: Ints, num_tokens: int) -> npt.ND
     return np.cumsum(steps[:-1], dtype=np.int8) > 0
 
 
-def _num_skipped_bytes(columns: _Columns, rows: Ints, nodes: Nodes, decode: Decode) -> Ints:
+def _num_skipped_bytes(columns: _Columns, rows: Ints, nodes: Nodes, decode: DecodeBytes) -> Ints:
     """Of each text the bytes before its tokens are written on."""
     skipped = np.zeros_like(rows)
     going_on = np.flatnonzero(nodes.branches >= 0)
     _, firsts, which = np.unique(nodes.branches[going_on], return_index=True, return_inverse=True)
     sharing = going_on[firsts]
     ids = zip(columns.input_ids.pieces(rows[sharing]), nodes.num_skipped[sharing].tolist(), strict=True)
-    beginnings = [text.encode() for text in decode([one[:end].tolist() for one, end in ids])]
+    beginnings = decode([array("I", one[:end].tobytes()) for one, end in ids]).to_pylist()
     texts = columns.texts.pieces(rows[going_on])
     for member, beginning, text in zip(going_on.tolist(), which.tolist(), texts, strict=True):
-        skipped[member] = _num_alike(beginnings[beginning], text[: len(beginnings[beginning])].tobytes())
+        skipped[member] = _num_alike(beginnings[beginning], text.tobytes())
     return skipped
 
 
-def _num_alike(left: bytes, right: bytes) -> int:
-    """How many bytes of whole characters two texts have in common from the start."""
-    if left == right:
-        return len(left)
-    low, high = 0, len(left)  # the first `low` are alike, the first `high` are not
+def _num_alike(beginning: bytes, text: bytes) -> int:
+    """How many bytes of whole characters `text` has in common with `beginning`, of which the last may be in part."""
+    whole = len(beginning)
+    low, high = (whole, whole + 1) if text.startswith(beginning) else (0, whole)  # `low` are alike, `high` are not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if right.startswith(left[:middle]) else (low, middle)
-    while left[low] & 0xC0 == 0x80:  # within a character
+        low, high = (middle, high) if text.startswith(beginning[:middle]) else (low, middle)
+    while text[low] & 0xC0 == 0x80:  # within a character
         low -= 1
     return low
 
