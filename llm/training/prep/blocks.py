@@ -23,8 +23,8 @@ from llm.training.prep.share import Forest
 
 DecodeBytes = Callable[[Sequence[TokenIds]], pa.LargeBinaryArray]
 
-_TOKENS_AT_ONCE = 2**18  # of a batch of blocks, of which up to five are in memory, 40 bytes a token
-_BATCHES_READ = 4  # together: 10 MB
+_TOKENS_AT_ONCE = 2**17  # of a batch of blocks, of which up to five are in memory, 40 bytes a token
+_BATCHES_READ = 8  # together: 10 MB
 _TOKENS = pa.list_(pa.int32())
 BLOCK_SCHEMA = pa.schema(
     [

@@ -25,6 +25,7 @@ from llm.training.prep.target import KEY, Target
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_BYTES_AT_ONCE = 1 << 20
 _SHARD_BYTES = 500_000_000  # as many as `save_to_disk` has in a file
 DATASET_WRITERS = {
     "save_to_disk": "datasets::Dataset.save_to_disk",
@@ -49,9 +50,10 @@ def spill_blocks(batches: Iterable[pa.RecordBatch], folder: Path, *, num_blocks:
     shards = []
     with progress_bar("Packing", total=num_blocks, unit="blocks") as advance:
         for path in _spill_shards(batches, folder, advance):
-            blocks = map_file(path)
-            table = MemoryMappedTable(pa.ipc.open_stream(blocks).read_all(), str(path))
-            shards.append(Dataset(table, fingerprint=Hasher.hash_bytes([blocks])))
+            with path.open("rb") as file:
+                fingerprint = Hasher.hash_bytes(iter(functools.partial(file.read, _BYTES_AT_ONCE), b""))
+            table = pa.ipc.open_stream(map_file(path)).read_all()
+            shards.append(Dataset(MemoryMappedTable(table, str(path)), fingerprint=fingerprint))
     give_unused_back()
     return concatenate_datasets(shards)
 
