@@ -21,7 +21,7 @@ from llm.training.prep.sources import local_size_bytes
 from llm.training.prep.store import Collector, Examples, ShardStore
 
 logger = logging.getLogger(__name__)
-_ROWS_AT_ONCE = 500
+_ROWS_AT_ONCE = 1000
 _MANY_BYTES = 10 << 20  # which the tokenizer needs a second for, on two cores; fastokens a fourth, and 0.25 s to open
 
 
