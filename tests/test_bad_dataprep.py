@@ -3,6 +3,7 @@
 Exit code 0 is for what is no mistake, or is counted instead of refused. `tests/bad_inputs.py` writes the table.
 """
 
+import gzip
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +48,24 @@ def _made(_: Any) -> None:
 def two_files(folder: Path) -> None:
     write_jsonl(folder / "a.jsonl", GOOD)
     write_jsonl(folder / "b.jsonl", [{"input": "a", "response": "b", "score": 3}])
+
+
+def damaged_parquet(folder: Path) -> None:
+    """Three files: whole, with other bytes in the middle, cut."""
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    for name in ("a", "b", "c"):
+        write_table(pa.Table.from_pylist(GOOD * 500), folder / f"{name}.parquet", compression="zstd")
+    whole = (folder / "b.parquet").read_bytes()
+    (folder / "b.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
+    (folder / "c.parquet").write_bytes(whole[:-20])
+
+
+def damaged_data_set(folder: Path) -> None:
+    two_splits(folder)
+    (file,) = (folder / "both" / "train").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-100])
 
 
 def two_splits(folder: Path) -> None:
@@ -231,6 +250,49 @@ CASES = [
         prepare=content('[{"input": "a", "response": "b"},\n {"input": "a"', "rows.json"),
         changes={"source_config": "FOLDER/rows.json"},
         told=["source_config: rows.json:2:15: this is not JSON"],
+    ),
+    Case(
+        number=13,
+        what="a parquet file that is cut",
+        exit_code=3,
+        prepare=damaged_parquet,
+        changes={"source_config": "FOLDER/c.parquet"},
+        told=[
+            "source_config: c.parquet: this is no whole parquet file (Parquet magic bytes not found",
+            "copy it again.",
+        ],
+    ),
+    Case(
+        number=13,
+        what="one of two parquet files that is damaged",
+        exit_code=3,
+        prepare=damaged_parquet,
+        changes=files("FOLDER/a.parquet", "FOLDER/b.parquet", path="parquet"),
+        told=["source_config: b.parquet: this is no whole parquet file"],
+    ),
+    Case(
+        number=13,
+        what="a folder with a damaged parquet file",
+        exit_code=3,
+        prepare=damaged_parquet,
+        changes={"source_config": {"method": "load_dataset", "kwargs": {"path": "FOLDER", "split": "train"}}},
+        told=["source_config: b.parquet: this is no whole parquet file"],
+    ),
+    Case(
+        number=13,
+        what="a saved data set that is cut",
+        exit_code=3,
+        prepare=damaged_data_set,
+        changes={"source_config": "FOLDER/both/train"},
+        told=["source_config: cannot read the rows of `both/train`."],
+    ),
+    Case(
+        number=13,
+        what="compressed JSON that is broken",
+        exit_code=3,
+        prepare=content(gzip.compress(b'{"input": "a"'), "rows.jsonl.gz"),
+        changes=files("FOLDER/rows.jsonl.gz"),
+        told=["source_config: cannot read the rows of `rows.jsonl.gz`. JSON parse error"],
     ),
     Case(
         number=14,

@@ -3,6 +3,7 @@
 Used by `dataset.py`. Only after an error are files read again, to find the line: the libraries tell a block of bytes.
 """
 
+import glob
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from llm.errors import ConfigError, DataError, LlmTrainError, MissingExtraError, quoted
 
+_TEXT = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 _NO_ROWS = "there is not one row. Give a file that has some."
 
 
@@ -19,10 +21,12 @@ def source_error(error: Exception, kwargs: Mapping[str, Any], key: str) -> LlmTr
     None for a mistake in the code of a `module::name`, whose traceback its author needs.
     """
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from pyarrow import ArrowInvalid
 
     if isinstance(error, FileNotFoundError | DatasetNotFoundError):
         return ConfigError(f"{key}: {first_line(error)}")
-    if isinstance(error, DatasetGenerationError | UnicodeDecodeError):
+    is_damaged = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+    if is_damaged or isinstance(error, DatasetGenerationError | UnicodeDecodeError | ArrowInvalid):
         return DataError(f"{key}: {_unreadable(error.__cause__ or error, kwargs)}")
     # StopIteration is what datasets raises for a file of no bytes, IndexError for a folder of no rows.
     is_empty = isinstance(error, StopIteration) or (isinstance(error, IndexError) and _has_no_files(kwargs))
@@ -33,7 +37,7 @@ def source_error(error: Exception, kwargs: Mapping[str, Any], key: str) -> LlmTr
     if type(error).__module__.startswith(("botocore", "aiobotocore")):  # no credentials, no such bucket, denied
         return ConfigError(f"{key}: cannot reach {_named(kwargs)}: {first_line(error)}")
     is_argument = isinstance(error, TypeError) and "unexpected keyword" in str(error)
-    if is_argument or isinstance(error, ValueError | OSError):  # unknown split or builder argument; unreadable file
+    if is_argument or isinstance(error, ValueError | OSError):  # unknown split or builder argument; no connection
         return ConfigError(f"{key}: {first_line(error)}")
     return None
 
@@ -46,8 +50,8 @@ def first_line(error: BaseException | None) -> str:
 def _unreadable(error: BaseException, kwargs: Mapping[str, Any]) -> str:
     files = list(_local_files(kwargs))
     for file in files:
-        if place := _first_bad_place(file):
-            return place
+        if damage := _damage(file):
+            return damage
     if "cast" in str(error) and len(files) > 1:
         return _differing(files)
     return f"cannot read the rows of {_named(kwargs)}. {first_line(error)}"
@@ -65,10 +69,39 @@ def _has_no_files(kwargs: Mapping[str, Any]) -> bool:
 
 
 def _local_files(kwargs: Mapping[str, Any]) -> Iterator[Path]:
-    given = kwargs.get("data_files") or kwargs.get("path")
-    for name in given if isinstance(given, list) else [given]:
-        if isinstance(name, str) and Path(name).is_file():
-            yield Path(name)
+    """The files that `data_files` or `path` names, by patterns, too; of a folder those that surely hold rows."""
+    for name in _names(kwargs.get("data_files") or kwargs.get("path")):
+        for found in map(Path, sorted(glob.glob(name))):
+            if found.is_file():
+                yield found
+            else:
+                yield from (file for file in sorted(found.rglob("*")) if file.suffix in (".csv", ".jsonl", ".parquet"))
+
+
+def _names(given: Any) -> Iterator[str]:
+    if isinstance(given, str):
+        yield given
+    for one in given.values() if isinstance(given, Mapping) else given if isinstance(given, list) else ():
+        yield from _names(one)
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with the first bad line of a text file, or with a parquet file; else empty."""
+    if file.suffix == ".parquet":
+        return _bad_parquet(file)
+    return _first_bad_place(file) if file.suffix in _TEXT else ""
+
+
+def _bad_parquet(file: Path) -> str:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        for _ in ParquetFile(file).iter_batches():
+            pass
+    except (ArrowInvalid, OSError) as error:
+        return f"{file}: this is no whole parquet file ({first_line(error).rstrip('.')}). Write or copy it again."
+    return ""
 
 
 def _first_bad_place(file: Path) -> str:
