@@ -1,5 +1,7 @@
 """Blocks that would train garbage, or nothing, are errors before the first step, with the block's number."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llm.errors import DataError
 from llm.tokenizer import tokenizer_fingerprint
-from llm.training.prep.manifest import FORMAT_VERSION, Manifest, Sample
-from llm.training.tune.data_check import check_blocks, check_tokenizer
+from llm.training.config import FinetuneConfig
+from llm.training.prep.manifest import FORMAT_VERSION, Manifest, Sample, write_manifest
+from llm.training.tune.data_check import check_blocks, check_tokenizer, open_blocks
 
 
 def make_manifest(fingerprint: str) -> Manifest:
@@ -65,6 +68,8 @@ def test_facts_of_good_blocks() -> None:
         ),
         (changed("input_ids", 3, -1), "has the id -1"),
         (changed("labels", 3, 4000), "`labels` has the id 4000"),
+        (changed("labels", 4, 7), "`labels` has 7 for a token with the id"),
+        (changed("labels", 4, -1), "`labels` has -1 for a token with the id"),
         (changed("position_ids", 3, 128), "an example has 129 tokens, the model has positions for 128"),
         (changed("labels", 6, 5), "the first token of a node is a label"),
         (changed("labels", 0, 5), "the first token of a node is a label"),
@@ -108,6 +113,25 @@ def test_no_label_at_all_is_an_error() -> None:
     masked = broken().map(lambda row: {"labels": [-100] * len(row["labels"])})
     with pytest.raises(DataError, match="none of the 33 tokens is trained"):
         check_blocks(masked, make_model(), key="k")
+
+
+def test_data_set_with_other_blocks_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    path = str(tmp_path / "blocks.parquet")
+    make_packed_dataset(6).to_parquet(path)
+
+    def opened(num_blocks: int, **kwargs: Any) -> int:
+        write_manifest(replace(make_manifest(tokenizer_fingerprint(tokenizer)), counts={"blocks": num_blocks}), path)
+        source = {"method": "load_dataset", "kwargs": {"path": path} | kwargs}
+        config = FinetuneConfig.model_validate(
+            {"base_model": "tiny", "train_dataset_config": source, "local_output": "out"}
+        )
+        return len(open_blocks(config, tokenizer).train)
+
+    assert opened(6) == 6
+    assert opened(6, split="train[:2]") == 2
+    with pytest.raises(DataError, match="^train_dataset_config: .*blocks.parquet` has 6 blocks, and 7 by its manifest"):
+        opened(7)
 
 
 def test_other_tokenizer_is_refused_unless_allowed(caplog: pytest.LogCaptureFixture) -> None:

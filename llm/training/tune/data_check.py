@@ -53,8 +53,8 @@ def check_blocks(dataset: Dataset, model: PreTrainedModel, *, key: str) -> Block
     """The facts of `dataset`, whose blocks the model can train on.
 
     DataError, with the block's number, for missing columns, no blocks, no label at all, ids beyond the
-    vocabulary, positions beyond the model's, columns that do not fit together, and a label that no token of
-    its node predicts.
+    vocabulary, positions beyond the model's, columns that do not fit together, and a label that is not the id of its
+    own token, or that no token of its node predicts.
     """
     _check_columns(dataset, key)
     num_tokens = num_labels = max_nodes = longest = first = 0
@@ -62,6 +62,7 @@ def check_blocks(dataset: Dataset, model: PreTrainedModel, *, key: str) -> Block
         blocks = _Blocks(table, key=key, first=first)
         blocks.check_shape()
         blocks.check_limits(model)
+        blocks.check_labels()
         num_tokens += int(blocks.nodes.sum())
         num_labels += int((blocks.labels >= 0).sum())
         max_nodes = max(max_nodes, int(blocks.num_nodes.max()))
@@ -140,6 +141,12 @@ def _load(
         logger.warning("%s names no path: whether its blocks fit this tokenizer cannot be checked.", key)
         return loaded, None
     manifest = read_manifest(location, **(dataset.kwargs.get("storage_options") or {}))
+    num_blocks, is_part = manifest.counts["blocks"], "[" in str(dataset.kwargs.get("split"))
+    if len(loaded) != num_blocks and not is_part and "::" not in dataset.method:
+        raise DataError(
+            f"{key}: `{location}` has {len(loaded)} blocks, and {num_blocks} by its manifest: files are missing, or of "
+            "another preparation. Run dataprep again."
+        )
     check_tokenizer(manifest, tokenizer, key=key, allow_mismatch=config.allow_tokenizer_mismatch)
     return loaded, manifest
 
@@ -192,6 +199,18 @@ class _Blocks:
                 int(block_of_token[worst]),
                 f"an example has {self.positions[worst] + 1} tokens, the model has positions for {limit}: "
                 f"`chunksize` must not be above {limit}",
+            )
+
+    def check_labels(self) -> None:
+        """DataError for a label that is neither the id of its own token nor the one that masks the others."""
+        masked = self.labels.min(initial=0)
+        wrong = (self.labels != self.ids) & (self.labels != masked)
+        if wrong.any():
+            place = int(wrong.argmax())
+            raise self._error(
+                int(np.repeat(np.arange(len(self.sizes)), self.sizes)[place]),
+                f"`labels` has {self.labels[place]} for a token with the id {self.ids[place]}. A label is the id of "
+                f"its own token (the model looks one token ahead by itself), or {masked}",
             )
 
     def _refuse(self, is_wrong: npt.NDArray[np.bool_], reason: str) -> None:
