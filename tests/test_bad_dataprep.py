@@ -253,6 +253,14 @@ CASES = [
     ),
     Case(
         number=13,
+        what="broken JSON in a file whose name could be a pattern",
+        exit_code=3,
+        prepare=content('{"input": "a", "response": "b"}\n{"input": "a"\n', "rows[1].jsonl"),
+        changes={"source_config": "FOLDER/rows[1].jsonl"},
+        told=["source_config: rows[1].jsonl:2:14: this line is not JSON"],
+    ),
+    Case(
+        number=13,
         what="a parquet file that is cut",
         exit_code=3,
         prepare=damaged_parquet,

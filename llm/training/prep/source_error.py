@@ -71,7 +71,8 @@ def _has_no_files(kwargs: Mapping[str, Any]) -> bool:
 def _local_files(kwargs: Mapping[str, Any]) -> Iterator[Path]:
     """The files that `data_files` or `path` names, by patterns, too; of a folder those that surely hold rows."""
     for name in _names(kwargs.get("data_files") or kwargs.get("path")):
-        for found in map(Path, sorted(glob.glob(name))):
+        path = Path(name).expanduser()
+        for found in [path] if path.exists() else map(Path, sorted(glob.glob(name))):
             if found.is_file():
                 yield found
             else:
@@ -112,7 +113,7 @@ def _first_bad_place(file: Path) -> str:
             try:
                 text = line.decode("utf-8-sig")
                 if is_lines and text.strip():
-                    json.dumps(json.loads(text), ensure_ascii=False).encode()
+                    json.dumps(json.loads(text.rstrip()), ensure_ascii=False).encode()
             except UnicodeDecodeError as error:
                 return (
                     f"{file}:{number}:{error.start + 1}: byte 0x{line[error.start]:02x} is not UTF-8. Save it as UTF-8."
