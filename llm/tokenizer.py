@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from llm.errors import ConfigError, loading_reason
 from llm.events import libraries_told_here
 from llm.fast_tokenizer import FastEncoder, TokenIds, open_fast
+from llm.model_files import damaged_file
 from llm.model_registry import check_hub_answers, check_is_reachable
 from llm.stored_tokenizer import StoredTokenizer, read_stored, stored_path, write_stored
 
@@ -283,6 +284,8 @@ def load_prompt_tokenizer(base_model: str) -> PromptTokenizer:
             write_stored(kept, built)
         return PromptTokenizer(built)
     except (OSError, ValueError, KeyError) as error:
+        if damage := damaged_file(base_model):
+            raise ConfigError(f"base_model: {damage}") from error
         reason = loading_reason(error).splitlines()[0]
         if Path(base_model).is_dir() and "code" not in reason:
             names = sorted(path.name for path in Path(base_model).iterdir())

@@ -87,6 +87,12 @@ def without_end(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "no_end")
 
 
+def cut_tokenizer(folder: Path) -> None:
+    byte_level_tokenizer().save_pretrained(folder / "cut")
+    file = folder / "cut" / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
 def empty_model(folder: Path) -> None:
     (folder / "empty").mkdir()
     (folder / "empty" / "config.yaml").write_text("")
@@ -532,6 +538,13 @@ CASES = [
         what="a model folder that is not there",
         changes={"base_model": "FOLDER/none"},
         told=["base_model: there is no folder `none`", "Give a folder that holds a model, or a hub id"],
+    ),
+    Case(
+        number=40,
+        what="a tokenizer that is cut",
+        prepare=cut_tokenizer,
+        changes={"base_model": "FOLDER/cut"},
+        told=["base_model: `cut/tokenizer.json` is damaged (", "Copy or download it again."],
     ),
     Case(
         number=40,

@@ -53,6 +53,21 @@ def no_blocks(folder: Path) -> None:
     _replace_blocks(folder, load_from_disk(str(folder / "blocks")).select([]))
 
 
+def fewer_blocks(folder: Path) -> None:
+    _replace_blocks(folder, load_from_disk(str(folder / "blocks")).select([0]))
+
+
+def damaged_model(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """A copy of the base model in which one file is another."""
+
+    def prepare(folder: Path) -> None:
+        shutil.copytree(folder / "base", folder / "damaged")
+        file = folder / "damaged" / name
+        file.write_bytes(change(file.read_bytes()))
+
+    return prepare
+
+
 def other_tokenizer(folder: Path) -> None:
     path = folder / "blocks" / "manifest.json"
     path.write_text(path.read_text().replace('"tokenizer_fingerprint": "', '"tokenizer_fingerprint": "x'))
@@ -70,6 +85,7 @@ def file_in_the_way(folder: Path) -> None:
     (folder / "file").write_text("")
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 CHANGED = {"train_dataset_config": "FOLDER/changed"}
 MUST_1 = "must be at least 1, not 0."
 CASES = [
@@ -291,6 +307,27 @@ CASES = [
         told=["base_model: there is no folder `none`", "Give a folder that holds a model, or a hub id"],
     ),
     Case(
+        number=27,
+        what="weights that are cut",
+        prepare=damaged_model("model.safetensors", lambda data: data[:-10]),
+        changes={"base_model": "FOLDER/damaged"},
+        told=["base_model: `damaged/model.safetensors` is damaged (", "Copy or download it again."],
+    ),
+    Case(
+        number=27,
+        what="weights that Git LFS did not fetch",
+        prepare=damaged_model("model.safetensors", lambda _: LFS_POINTER),
+        changes={"base_model": "FOLDER/damaged"},
+        told=["`damaged/model.safetensors` is a pointer of Git LFS, not the file itself. Run `git lfs pull`"],
+    ),
+    Case(
+        number=27,
+        what="a configuration that is cut",
+        prepare=damaged_model("config.json", lambda data: data[:-10]),
+        changes={"base_model": "FOLDER/damaged"},
+        told=["base_model: `damaged/config.json` is damaged (", "Copy or download it again."],
+    ),
+    Case(
         number=28,
         what="rows instead of blocks",
         exit_code=3,
@@ -337,6 +374,25 @@ CASES = [
         prepare=changed_blocks(lambda block: block | {"labels": [-100] * len(block["labels"])}),
         changes=CHANGED,
         told=["train_dataset_config: none of the ", " tokens is trained: every label is masked.", "`ignore_index`"],
+    ),
+    Case(
+        number=32,
+        what="labels shifted by one",
+        exit_code=3,
+        prepare=changed_blocks(lambda block: block | {"labels": [*block["labels"][1:], -100]}),
+        changes=CHANGED,
+        told=["train_dataset_config, block 0: `labels` has ", "A label is the id of its own token", "or -100."],
+    ),
+    Case(
+        number=33,
+        what="blocks that are missing",
+        exit_code=3,
+        prepare=fewer_blocks,
+        changes=CHANGED,
+        told=[
+            "train_dataset_config: `changed` has not the blocks that its manifest counts (1, not 12)",
+            "Run dataprep again.",
+        ],
     ),
     Case(
         number=33,

@@ -115,23 +115,22 @@ def test_no_label_at_all_is_an_error() -> None:
         check_blocks(masked, make_model(), key="k")
 
 
-def test_data_set_with_other_blocks_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
+def opened(path: str, *, counted: int, **kwargs: Any) -> int:
+    """The blocks of a file as `finetune` opens it, with a manifest that counts so many."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    write_manifest(replace(make_manifest(tokenizer_fingerprint(tokenizer)), counts={"blocks": counted}), path)
+    source = {"method": "load_dataset", "kwargs": {"path": path} | kwargs}
+    settings = {"base_model": "tiny", "train_dataset_config": source, "local_output": "out"}
+    return len(open_blocks(FinetuneConfig.model_validate(settings), tokenizer).train)
+
+
+def test_data_set_with_other_blocks_than_its_manifest_counts_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "blocks.parquet")
     make_packed_dataset(6).to_parquet(path)
-
-    def opened(num_blocks: int, **kwargs: Any) -> int:
-        write_manifest(replace(make_manifest(tokenizer_fingerprint(tokenizer)), counts={"blocks": num_blocks}), path)
-        source = {"method": "load_dataset", "kwargs": {"path": path} | kwargs}
-        config = FinetuneConfig.model_validate(
-            {"base_model": "tiny", "train_dataset_config": source, "local_output": "out"}
-        )
-        return len(open_blocks(config, tokenizer).train)
-
-    assert opened(6) == 6
-    assert opened(6, split="train[:2]") == 2
-    with pytest.raises(DataError, match="^train_dataset_config: .*blocks.parquet` has 6 blocks, and 7 by its manifest"):
-        opened(7)
+    assert opened(path, counted=6) == 6
+    assert opened(path, counted=6, split="train[:2]") == 2
+    with pytest.raises(DataError, match=r"^train_dataset_config: .* has not the blocks .* counts \(6, not 7\)"):
+        opened(path, counted=7)
 
 
 def test_other_tokenizer_is_refused_unless_allowed(caplog: pytest.LogCaptureFixture) -> None:

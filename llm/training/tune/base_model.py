@@ -4,13 +4,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from llm.errors import ConfigError, loading_reason
+from llm.model_files import damaged_file
 from llm.model_registry import check_hub_answers, check_is_reachable
 from llm.training.config import TORCH_COMPILE_KEYS, FinetuneConfig
 from llm.training.tune.attention import NODE_ATTENTION
@@ -136,10 +139,11 @@ def loading_errors(base_model: str) -> Iterator[None]:
     check_hub_answers(base_model)
     try:
         yield
-    # transformers raises these for each: unknown id, no network, odd files
-    except (OSError, ValueError) as error:
+    # transformers and safetensors raise these for each: unknown id, no network, odd files
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        if damage := damaged_file(base_model):
+            raise ConfigError(f"base_model: {damage}") from error
         raise ConfigError(
-            f"base_model: `{base_model}` cannot be loaded: {loading_reason(error)}\nWrite a hub id that this "
-            "machine can "
-            "reach (a private one needs `hf auth login`), or the path of a folder that holds the model."
+            f"base_model: `{base_model}` cannot be loaded: {loading_reason(error)}\nWrite a hub id that this machine "
+            "can reach (a private one needs `hf auth login`), or the path of a folder that holds the model."
         ) from error

@@ -144,8 +144,8 @@ def _load(
     num_blocks, is_part = manifest.counts["blocks"], "[" in str(dataset.kwargs.get("split"))
     if len(loaded) != num_blocks and not is_part and "::" not in dataset.method:
         raise DataError(
-            f"{key}: `{location}` has {len(loaded)} blocks, and {num_blocks} by its manifest: files are missing, or of "
-            "another preparation. Run dataprep again."
+            f"{key}: `{location}` has not the blocks that its manifest counts ({len(loaded)}, not {num_blocks}): files "
+            "are missing, or of another preparation. Run dataprep again."
         )
     check_tokenizer(manifest, tokenizer, key=key, allow_mismatch=config.allow_tokenizer_mismatch)
     return loaded, manifest
