@@ -243,6 +243,31 @@ CASES = [
         told=["`a.jsonl` has `input`, `response`", "`b.jsonl` has `input`, `response`, `score`", "Make them alike"],
     ),
     Case(
+        number=1,
+        what="columns with capitals",
+        exit_code=3,
+        prepare=only({"Input": "a", "Response": "b"}),
+        told=["they have `Input`, `Response`. Did you mean `Input`?", "`columns: {input: Input, response: Response}`"],
+    ),
+    Case(
+        number=1,
+        what="CSV with semicolons",
+        exit_code=3,
+        prepare=content("input;response\na;b\n", "rows.csv"),
+        changes={"source_config": "FOLDER/rows.csv"},
+        told=["one that is called 'input;response'.", '`method: load_path, kwargs: {path: ..., sep: ";"}`'],
+    ),
+    Case(
+        number=1,
+        what="a file of another kind",
+        prepare=content("input\tresponse\na\tb\n", "rows.tsv"),
+        changes={"source_config": "FOLDER/rows.tsv"},
+        told=[
+            "source_config: `rows.tsv` is none of .json, .jsonl, .csv, .parquet.",
+            "`method: load_dataset, kwargs: {",
+        ],
+    ),
+    Case(
         number=13,
         what="broken JSON in line 2",
         exit_code=3,

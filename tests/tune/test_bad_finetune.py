@@ -53,10 +53,6 @@ def no_blocks(folder: Path) -> None:
     _replace_blocks(folder, load_from_disk(str(folder / "blocks")).select([]))
 
 
-def fewer_blocks(folder: Path) -> None:
-    _replace_blocks(folder, load_from_disk(str(folder / "blocks")).select([0]))
-
-
 def damaged_model(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     """A copy of the base model in which one file is another."""
 
@@ -382,17 +378,6 @@ CASES = [
         prepare=changed_blocks(lambda block: block | {"labels": [*block["labels"][1:], -100]}),
         changes=CHANGED,
         told=["train_dataset_config, block 0: `labels` has ", "A label is the id of its own token", "or -100."],
-    ),
-    Case(
-        number=33,
-        what="blocks that are missing",
-        exit_code=3,
-        prepare=fewer_blocks,
-        changes=CHANGED,
-        told=[
-            "train_dataset_config: `changed` has not the blocks that its manifest counts (1, not 12)",
-            "Run dataprep again.",
-        ],
     ),
     Case(
         number=33,

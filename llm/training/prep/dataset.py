@@ -80,6 +80,11 @@ def load_path(path: str, split: str | None = None, **kwargs: Any) -> Any:
         kwargs = _text_cells(path, kwargs) | kwargs if builder == "csv" else kwargs
         kwargs = _parquet_kwargs() | kwargs if builder == "parquet" else kwargs
         return load_dataset(builder, data_files=glob.escape(path), split=split or "train", **kwargs)
+    if Path(path).is_file():
+        raise ValueError(
+            f"`{path}` is none of {', '.join(_BUILDERS)}. Name it so, or say how it is read: `method: load_dataset, "
+            f"kwargs: {{path: csv, data_files: {path}, split: train}}`."
+        )
     return load_from_disk(f"{path}/{split}" if split else path, **kwargs)
 
 

@@ -11,6 +11,7 @@ A message of `messages` or `conversations` may be of either kind.
 `columns` of the config says what a column is called here, `row_format` forces one of these, `auto` finds it.
 """
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -232,8 +233,9 @@ def guess_columns(names: Sequence[str]) -> dict[ColumnName, str]:
 
 
 def _near(names: Sequence[str], wanted: Iterable[ColumnName]) -> dict[ColumnName, str]:
-    found = {ours: [name for name in _OTHER_NAMES[ours] if name in names] for ours in wanted if ours not in names}
-    return {ours: near[0] for ours, near in found.items() if near}
+    by_lower = {name.lower(): name for name in names}
+    found = {ours: [by_lower[name] for name in (ours, *_OTHER_NAMES[ours]) if name in by_lower] for ours in wanted}
+    return {ours: near[0] for ours, near in found.items() if near and ours not in names}
 
 
 def _row_format(dataset: "Dataset", given: Mapping[ColumnName, str]) -> RowFormat:
@@ -270,6 +272,12 @@ def _check_columns(source: Source) -> None:
 
 def _missing(source: Source, wanted: str) -> str:
     names = source.dataset.column_names
+    if len(names) == 1 and (separators := [one for one in (";", "\t", "|") if one in names[0]]):
+        arguments = f"{{path: ..., sep: {json.dumps(separators[0])}}}"
+        return (
+            f"{source.key}: the rows have no column `{wanted}`, but one that is called {names[0]!r}. Say what "
+            f"separates the columns of the file: `method: load_path, kwargs: {arguments}`."
+        )
     near = did_you_mean(wanted, names)
     hint = f"{near} " if near.startswith("Did") else ""
     talks = [name for name, kind in source.dataset.features.items() if _is_talk(kind)]

@@ -141,11 +141,15 @@ def _load(
         logger.warning("%s names no path: whether its blocks fit this tokenizer cannot be checked.", key)
         return loaded, None
     manifest = read_manifest(location, **(dataset.kwargs.get("storage_options") or {}))
-    num_blocks, is_part = manifest.counts["blocks"], "[" in str(dataset.kwargs.get("split"))
+    num_blocks, is_part = manifest.counts.get("blocks"), "[" in str(dataset.kwargs.get("split"))
     if len(loaded) != num_blocks and not is_part and "::" not in dataset.method:
-        raise DataError(
-            f"{key}: `{location}` has not the blocks that its manifest counts ({len(loaded)}, not {num_blocks}): files "
-            "are missing, or of another preparation. Run dataprep again."
+        logger.warning(
+            "%s: `%s` has not the blocks that its manifest counts (%s, not %s): files are missing, or of another "
+            "preparation. Run dataprep again, unless that is meant.",
+            key,
+            location,
+            len(loaded),
+            num_blocks,
         )
     check_tokenizer(manifest, tokenizer, key=key, allow_mismatch=config.allow_tokenizer_mismatch)
     return loaded, manifest
