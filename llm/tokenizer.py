@@ -219,8 +219,8 @@ class PromptTokenizer:
             for token in added.values():
                 token.content = names.get(token.content, token.content)
             renamed.add_tokens([*added.values()])
-            plain = [renamed.encode(name, add_special_tokens=False).ids for name in names]
-            if not any(number in ids for number, ids in zip(self.control_tokens.values(), plain, strict=True)):
+            as_text = {token: renamed.encode(token, add_special_tokens=False).ids for token in names}
+            if not any(number in as_text[token] for token, number in self.control_tokens.items()):
                 return renamed, {renamed.token_to_id(token.content): number for number, token in added.items()}
         # The usual name of a control token may be a word of the model: it is renamed there, too.
         return Tokenizer.from_str(_with_names(self._backend.to_str(), names)), {}

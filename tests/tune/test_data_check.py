@@ -67,6 +67,7 @@ def test_facts_of_good_blocks() -> None:
             f"has the id {VOCAB_SIZE}, the model knows 0 to {VOCAB_SIZE - 1}",
         ),
         (changed("input_ids", 3, -1), "has the id -1"),
+        (changed("input_ids", 0, -1), "has the id -1"),
         (changed("labels", 3, 4000), "`labels` has the id 4000"),
         (changed("labels", 4, 7), "`labels` has 7 for a token with the id"),
         (changed("labels", 4, -1), "`labels` has -1 for a token with the id"),

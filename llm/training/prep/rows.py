@@ -272,8 +272,8 @@ def _check_columns(source: Source) -> None:
 
 def _missing(source: Source, wanted: str) -> str:
     names = source.dataset.column_names
-    if len(names) == 1 and (separators := [one for one in (";", "\t", "|") if one in names[0]]):
-        arguments = f"{{path: ..., sep: {json.dumps(separators[0])}}}"
+    if len(names) == 1 and (separator := next((one for one in (";", "\t", "|") if one in names[0]), "")):
+        arguments = f"{{path: ..., sep: {json.dumps(separator)}}}"
         return (
             f"{source.key}: the rows have no column `{wanted}`, but one that is called {names[0]!r}. Say what "
             f"separates the columns of the file: `method: load_path, kwargs: {arguments}`."

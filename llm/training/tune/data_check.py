@@ -188,19 +188,18 @@ class _Blocks:
     def check_limits(self, model: PreTrainedModel) -> None:
         """DataError for ids and positions that the model does not have."""
         vocab_size = vocabulary_size(model)
-        block_of_token = np.repeat(np.arange(len(self.sizes)), self.sizes)
         for name, values in (("input_ids", self.ids), ("labels", self.labels)):
             wrong = (values >= vocab_size) | ((values < 0) if name == "input_ids" else False)
             if wrong.any():
-                raise self._error(
-                    int(block_of_token[wrong.argmax()]),
+                raise self._error_at(
+                    int(wrong.argmax()),
                     f"`{name}` has the id {values[wrong.argmax()]}, the model knows 0 to {vocab_size - 1}",
                 )
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(self.positions) and self.positions.max() >= limit:
             worst = int(self.positions.argmax())
-            raise self._error(
-                int(block_of_token[worst]),
+            raise self._error_at(
+                worst,
                 f"an example has {self.positions[worst] + 1} tokens, the model has positions for {limit}: "
                 f"`chunksize` must not be above {limit}",
             )
@@ -211,8 +210,8 @@ class _Blocks:
         wrong = (self.labels != self.ids) & (self.labels != masked)
         if wrong.any():
             place = int(wrong.argmax())
-            raise self._error(
-                int(np.repeat(np.arange(len(self.sizes)), self.sizes)[place]),
+            raise self._error_at(
+                place,
                 f"`labels` has {self.labels[place]} for a token with the id {self.ids[place]}. A label is the id of "
                 f"its own token (the model looks one token ahead by itself), or {masked}",
             )
@@ -224,6 +223,9 @@ class _Blocks:
     def _refuse_nodes(self, is_wrong: npt.NDArray[np.bool_], reason: str) -> None:
         if is_wrong.any():
             raise self._error(int(np.repeat(np.arange(len(self.num_nodes)), self.num_nodes)[is_wrong.argmax()]), reason)
+
+    def _error_at(self, token: int, reason: str) -> DataError:
+        return self._error(int(np.searchsorted(np.cumsum(self.sizes), token, side="right")), reason)
 
     def _error(self, block: int, reason: str) -> DataError:
         return DataError(f"{self._key}, block {self._first + block}: {reason}. Run dataprep again.")
