@@ -11,7 +11,7 @@ with TRL (`pip install torch==2.13.0 trl==1.16.0`); without it that side is left
             once with the model's tokenizer, once with fastokens (extra `fast`)
     TRL     `SFTTrainer` with packing (best-fit decreasing), up to where it could train; nothing is saved but its cache.
             One and two processes; from the second size on only what was faster
-    bare    `encode_batch_fast` on the rendered texts, all threads; and the same of fastokens
+    bare    `encode_batch_fast` on the rendered texts, all threads, what all begin with once; and the same of fastokens
 
 Net seconds are without imports (ours: prepared again in a process that has prepared a few rows), whole seconds and peak
 memory are those of the process from start to end. Peak memory is the process's own peak, or with more than one process

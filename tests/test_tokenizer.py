@@ -1,6 +1,6 @@
 import json
-import time
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,11 +8,12 @@ from conftest import TOKENIZERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_templates import SMOLLM2, Published
-from tokenizers import AddedToken, Encoding, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm.errors import ConfigError
-from llm.tokenizer import PromptTokenizer, load_prompt_tokenizer, tokenizer_fingerprint
+from llm.fast_tokenizer import TokenIds
+from llm.tokenizer import Encode, PromptTokenizer, load_prompt_tokenizer, tokenizer_fingerprint
 
 MARKS = ("<|im_start|>", "<|im_end|>", "<|im")
 TOKENIZER = Published(repo="", template="", bos="<s>", eos="</s>", marks=MARKS).prompt_tokenizer()
@@ -27,30 +28,24 @@ def test_encode_recognises_control_tokens_and_adds_nothing() -> None:
     assert TOKENIZER.decode([ids]) == ["a<|im_end|>"]
 
 
-class Counting:
-    """A backend that tells how many batches were in it at a time."""
+def test_encode_shares_its_texts_and_the_library_starts_no_threads_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"text {number} \uf8fd0\uf8fd" if number % 7 == 0 else f"text {number}" for number in range(350)]
+    pieces: list[int] = []
 
-    def __init__(self, backend: Tokenizer) -> None:
-        self.backend = backend
-        self.inside: list[int] = []
-        self.most: list[int] = []
+    def backwards(encode: Encode, given: Sequence[Sequence[str]]) -> list[list[TokenIds]]:
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+        pieces.extend(map(len, given))
+        return [encode(piece) for piece in reversed(given)][::-1]
 
-    def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[Encoding]:
-        self.inside.append(1)
-        time.sleep(0.02)
-        self.most.append(len(self.inside))
-        self.inside.pop()
-        return list(self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens))
-
-
-def test_two_batches_are_in_the_library_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = Published(repo="", template="", bos="<s>", eos="</s>", marks=MARKS).prompt_tokenizer()
-    counting = Counting(tokenizer._backend)
-    monkeypatch.setattr(tokenizer, "_backend", counting)
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        found = list(pool.map(tokenizer.encode, [["a b"]] * 12))
-    assert found == [TOKENIZER.encode(["a b"])] * 12
-    assert max(counting.most) == 2
+    expected = TOKENIZER.encode(texts)
+    for before in ("true", None):
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+        if before:
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+        with TOKENIZER.shared(backwards):
+            assert TOKENIZER.encode(texts) == expected
+        assert os.environ.get("TOKENIZERS_PARALLELISM") == before
+    assert pieces == [100, 100, 100] * 2 and TOKENIZER.encode(texts) == expected
 
 
 @given(TEXTS, TEXTS)

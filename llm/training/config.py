@@ -167,7 +167,9 @@ class DataPrepConfig(ScriptConfig):
     )
     chunksize: int = Field(default=2048, gt=0, description="Tokens in a block: examples are packed up to this length.")
     ignore_index: int = Field(default=-100, lt=0, description="Label of a token that is not trained (prompt, padding).")
-    num_proc: int | None = Field(default=None, gt=0, description="Threads that tokenize; default: all cores.")
+    num_proc: int | None = Field(
+        default=None, gt=0, description="Threads that tokenize; default: one a core, up to 10."
+    )
     reuse_tokens: bool = Field(
         default=True,
         description="Keep tokenized rows in the cache (`LLM_TRAIN_CACHE`, else below `HF_HOME`; 14 days), and use them "

@@ -40,7 +40,8 @@ def prepare(config: DataPrepConfig) -> Manifest:
     source = load_rows(config)
     encoder = for_source(encoder, config, source)
     with all_staged(targets) as stagings, pages_given_back():
-        examples = encode_rows(source, encoder, stagings[0][0], reuse=reuse_of(config, encoder, targets[0]))
+        reuse = reuse_of(config, encoder, targets[0])
+        examples = encode_rows(source, encoder, stagings[0][0], reuse=reuse, num_threads=config.num_proc)
         if config.dedupe:
             examples = drop_duplicates(examples)
         if config.sources:

@@ -17,13 +17,14 @@ from llm.tokenizer import PromptTokenizer
 from llm.training.config import DataPrepConfig
 from llm.training.prep.arrays import FlatLists, Ints, make_lists
 from llm.training.prep.nodes import Nodes, shared_nodes, single_nodes
-from llm.training.prep.overlap import three_at_a_time
+from llm.training.prep.overlap import Threads
 from llm.training.prep.pack import Packing
 from llm.training.prep.share import Forest
 
 DecodeBytes = Callable[[Sequence[TokenIds]], pa.LargeBinaryArray]
 
 _TOKENS_AT_ONCE = 2**17  # of a batch of blocks, of which up to five are in memory, 40 bytes a token
+_THREADS = 3
 _BATCHES_READ = 8  # together: 10 MB
 _TOKENS = pa.list_(pa.int32())
 BLOCK_SCHEMA = pa.schema(
@@ -91,8 +92,9 @@ def iterate_blocks(
         return _columns_of(batch, packing.forest, padding, decode)
 
     places = np.arange(examples.num_rows) if places is None else places
-    for _, columns in three_at_a_time(columns_of, _batches(_Columns.of(examples), packing, places)):
-        yield columns
+    with Threads(_THREADS) as threads:
+        for _, columns in threads.in_order(columns_of, _batches(_Columns.of(examples), packing, places)):
+            yield columns
 
 
 @dataclass(frozen=True, kw_only=True)

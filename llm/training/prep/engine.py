@@ -1,4 +1,4 @@
-"""Runs stages 1 to 3 over all rows on this machine: one process, the tokenizer's own threads on all cores."""
+"""Runs stages 1 to 3 over all rows on this machine: one process, a thread a core that tokenizes."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from llm.tokenizer import load_prompt_tokenizer
 from llm.training.config import DataPrepConfig, MethodConfig, kwargs_of
 from llm.training.prep.encode import DROP_ADVICE, Encoder
 from llm.training.prep.file_pages import give_unused_back
-from llm.training.prep.overlap import three_at_a_time
+from llm.training.prep.overlap import Threads, num_cores
 from llm.training.prep.reuse import Reuse
 from llm.training.prep.rows import Source, iterate_rows
 from llm.training.prep.sources import local_size_bytes
@@ -22,6 +22,8 @@ from llm.training.prep.store import Collector, Examples, ShardStore
 
 logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 1000
+_MOST_THREADS = 10  # a tenth of the work is Python's, which one thread does at a time
+_FAST_THREADS = 3  # beside those of fastokens: the cores are idle less than with two
 _MANY_BYTES = 10 << 20  # which the tokenizer needs a second for, on two cores; fastokens a fourth, and 0.25 s to open
 
 
@@ -67,16 +69,27 @@ def for_source(encoder: Encoder, config: DataPrepConfig, source: Source) -> Enco
     return replace(encoder, prompt=Prompt()) if is_default else encoder
 
 
-def encode_rows(source: Source, encoder: Encoder, folder: Path, *, reuse: Reuse | None = None) -> Examples:
-    """The examples of all rows, spilled to `folder`, or with `reuse` to the cache; DataError when none is left."""
+def encode_rows(
+    source: Source, encoder: Encoder, folder: Path, *, reuse: Reuse | None = None, num_threads: int | None = None
+) -> Examples:
+    """The examples of all rows, spilled to `folder`, or with `reuse` to the cache; DataError when none is left.
+
+    `num_threads` tokenize, None: as many as there are cores, up to 10.
+    """
     num_rows = source.num_rows
     store = ShardStore(reuse.folder if reuse else folder / "rows")
     collector = Collector(encoder.train_on)
     if reuse:
         reuse.begin()
     batches = iterate_rows(source, batch_size=_ROWS_AT_ONCE)
-    with progress_bar("Tokenizing", total=num_rows, unit="rows") as advance:
-        for batch, shard in three_at_a_time(lambda rows: store.shard(rows, encoder.encode), batches):
+    num_threads = _FAST_THREADS if encoder.tokenizer.is_fast else num_threads or min(num_cores(), _MOST_THREADS)
+    threads = Threads(num_threads)
+    with (
+        encoder.tokenizer.shared(threads.share),
+        threads,
+        progress_bar("Tokenizing", total=num_rows, unit="rows") as advance,
+    ):
+        for batch, shard in threads.in_order(lambda rows: store.shard(rows, encoder.encode), batches):
             collector.add(batch, shard)
             advance(len(batch))
     if reuse:
