@@ -60,8 +60,8 @@ def _full_blocks(lengths: Ints, chunksize: int) -> Ints:
     """
     counts = np.bincount(lengths, minlength=chunksize + 1).tolist()
     left = sum(1 << length for length in np.flatnonzero(counts).tolist())  # bit n is set while there is one of n tokens
-    places: list[Ints] = []  # the lengths in each block, block after block
-    sizes: list[Ints] = []
+    places: list[int] = []  # the lengths in each block, block after block; plain numbers, as above
+    sizes: list[int] = []
     while left:
         longest = left.bit_length() - 1
         counts[longest] -= 1
@@ -74,11 +74,11 @@ def _full_blocks(lengths: Ints, chunksize: int) -> Ints:
             counts[length] -= number * times
             if not counts[length]:
                 left ^= 1 << length
-        places.append(np.tile(block, times))
-        sizes.append(np.full(times, len(block)))
-    num_examples = np.concatenate(sizes)
+        places += block * times
+        sizes += [len(block)] * times
+    num_examples = np.array(sizes)
     block_of = np.empty(len(lengths), dtype=np.int64)
-    by_place = np.argsort(np.concatenate(places), kind="stable")
+    by_place = np.argsort(places, kind="stable")
     block_of[np.argsort(lengths, kind="stable")] = np.repeat(np.arange(len(num_examples)), num_examples)[by_place]
     return block_of
 

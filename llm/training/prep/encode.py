@@ -128,7 +128,7 @@ class Encoder:
                 f"prompt_format_config: the stop `{self.prompt_format.stop}` is not a control token of this tokenizer. "
                 f"{did_you_mean(self.prompt_format.stop, self.tokenizer.control_tokens)}"
             )
-        empty = self._encode_all([Row.of(number=0, input="", response="")])[0]
+        empty = self._unchecked([Row.of(number=0, input="", response="")])[0]
         num_tokens = empty.num_tokens if isinstance(empty, Dropped) else len(empty.input_ids)
         if num_tokens >= self.max_tokens:
             raise ConfigError(
@@ -153,7 +153,8 @@ class Encoder:
         """The numbers of rows without control-token text or a lone surrogate: nothing in them need be kept as text."""
         if self._is_plain("\n".join(chain.from_iterable(map(_texts_of, rows)))):  # mostly, and faster than one by one
             return {row.number for row in rows}
-        return {row.number for row in rows if self._is_plain(_all_text(row))}
+        half = len(rows) // 2
+        return self._plain_rows(rows[:half]) | self._plain_rows(rows[half:]) if half else set()
 
     def _is_plain(self, text: str) -> bool:
         return not self.tokenizer.has_control_text(text) and not _has_lone_surrogate(text)
@@ -216,10 +217,13 @@ class Encoder:
         return outcome if isinstance(outcome, Example) and len(outcome.input_ids) <= self.max_tokens else None
 
     def _encode_all(self, rows: Sequence[Row], plain_rows: Set[int] = frozenset()) -> list[Outcome]:
+        return self._checked(self._unchecked(rows, plain_rows))
+
+    def _unchecked(self, rows: Sequence[Row], plain_rows: Set[int] = frozenset()) -> list[Outcome]:
         pairs = [_pairs(self._segments(row, is_plain=row.number in plain_rows)) for row in rows]
         joined = join_pairs(pairs, self.tokenizer, stop=self.prompt_format.stop)
         found = zip(rows, pairs, joined, strict=True)
-        return self._checked([self._example(*one, is_plain=one[0].number in plain_rows) for one in found])
+        return [self._example(*one, is_plain=one[0].number in plain_rows) for one in found]
 
     def _segments(self, row: Row, *, is_plain: bool) -> list[Segment]:
         """The rendered row, its control-token text marked to stay text; none when the template refuses it."""
@@ -271,7 +275,7 @@ class Encoder:
             trained.append((start, len(input_ids)))
         if not trained or trained[0][0] == 0:
             return Dropped(row=row.number, reason="empty_prompt", num_tokens=len(input_ids))
-        marked = "".join(prompt.text + response.text for prompt, response in pairs)
+        marked = "".join([segment.text for pair in pairs for segment in pair])
         text = marked if is_plain else self.tokenizer.unmark(marked)
         has_control_text = text != marked or (not is_plain and self._lets_control_text_through(row))
         return Example(
