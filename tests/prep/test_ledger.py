@@ -19,6 +19,7 @@ from llm.training.config import DataPrepConfig
 from llm.training.prep.encode import Dropped, Encoder, Example
 from llm.training.prep.engine import encode_rows, open_encoder
 from llm.training.prep.manifest import Manifest, Sample, manifest_path, read_manifest, write_manifest
+from llm.training.prep.overlap import Threads
 from llm.training.prep.pack import pack_examples
 from llm.training.prep.rows import Row, with_columns
 from llm.training.prep.store import Collector, Examples, ShardStore
@@ -262,6 +263,29 @@ def test_encode_rows_in_several_batches_numbers_rows_through(
     assert examples.ledger["row"].to_pylist() == list(range(10))
     assert examples.table["row"].to_pylist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     assert np.all(examples.lengths > 0)
+
+
+@pytest.mark.parametrize(("num_threads", "cores", "expected"), [(None, 3, 3), (None, 64, 10), (1, 3, 1), (12, 3, 12)])
+def test_encode_rows_tokenizes_in_as_many_threads_as_asked_for_else_one_a_core(
+    tmp_path: Path,
+    encoder: Encoder,
+    monkeypatch: pytest.MonkeyPatch,
+    num_threads: int | None,
+    cores: int,
+    expected: int,
+) -> None:
+    asked: list[int] = []
+
+    class Counted(Threads):
+        def __init__(self, num_threads: int) -> None:
+            asked.append(num_threads)
+            super().__init__(num_threads)
+
+    monkeypatch.setattr("llm.training.prep.engine.num_cores", lambda: cores)
+    monkeypatch.setattr("llm.training.prep.engine.Threads", Counted)
+    rows = Dataset.from_list([{"input": "q", "response": "a"}])
+    assert len(encode_rows(with_columns(rows, {}), encoder, tmp_path, num_threads=num_threads).lengths) == 1
+    assert asked == [expected]
 
 
 def test_encode_rows_with_all_dropped_is_a_data_error_that_counts_the_reasons(tmp_path: Path, encoder: Encoder) -> None:

@@ -23,9 +23,9 @@ from llm.training.prep.share import Forest
 
 DecodeBytes = Callable[[Sequence[TokenIds]], pa.LargeBinaryArray]
 
-_TOKENS_AT_ONCE = 2**18  # of a batch of blocks, of which up to four are in memory, 40 bytes a token
+_TOKENS_AT_ONCE = 2**17  # of a batch of blocks, of which up to four are in memory, 40 bytes a token
 _THREADS = 2  # beside the one that writes
-_BATCHES_READ = 4  # together: 10 MB
+_BATCHES_READ = 8  # together: 10 MB
 _TOKENS = pa.list_(pa.int32())
 BLOCK_SCHEMA = pa.schema(
     [
