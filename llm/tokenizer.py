@@ -90,7 +90,7 @@ class PromptTokenizer:
         """Within, `encode` hands its texts to `share` in pieces, and the library starts no threads of its own.
 
         Where threads call `encode` anyway, the library's beside them take turns with these, and what one of them has
-        allocated another one frees: 6 to 8 % more time on two cores.
+        allocated another one frees: 4 to 10 % more time on two cores.
         """
         before = os.environ.get(_LIBRARY_THREADS)
         os.environ[_LIBRARY_THREADS], self._share = "false", share

@@ -16,6 +16,7 @@ from llm.named_formats import ChatMLFormat
 from llm.prompt import Prompt
 from llm.tokenizer import PromptTokenizer
 from llm.training.config import DataPrepConfig
+from llm.training.dataprep import prepare
 from llm.training.prep.encode import Dropped, Encoder, Example
 from llm.training.prep.engine import encode_rows, open_encoder
 from llm.training.prep.manifest import Manifest, Sample, manifest_path, read_manifest, write_manifest
@@ -265,14 +266,9 @@ def test_encode_rows_in_several_batches_numbers_rows_through(
     assert np.all(examples.lengths > 0)
 
 
-@pytest.mark.parametrize(("num_threads", "cores", "expected"), [(None, 3, 3), (None, 64, 10), (1, 3, 1), (12, 3, 12)])
-def test_encode_rows_tokenizes_in_as_many_threads_as_asked_for_else_one_a_core(
-    tmp_path: Path,
-    encoder: Encoder,
-    monkeypatch: pytest.MonkeyPatch,
-    num_threads: int | None,
-    cores: int,
-    expected: int,
+@pytest.mark.parametrize(("num_proc", "cores", "expected"), [(None, 3, 3), (None, 64, 10), (1, 3, 1), (12, 3, 12)])
+def test_as_many_threads_tokenize_as_num_proc_says_else_one_a_core(
+    config: DataPrepConfig, monkeypatch: pytest.MonkeyPatch, num_proc: int | None, cores: int, expected: int
 ) -> None:
     asked: list[int] = []
 
@@ -283,8 +279,8 @@ def test_encode_rows_tokenizes_in_as_many_threads_as_asked_for_else_one_a_core(
 
     monkeypatch.setattr("llm.training.prep.engine.num_cores", lambda: cores)
     monkeypatch.setattr("llm.training.prep.engine.Threads", Counted)
-    rows = Dataset.from_list([{"input": "q", "response": "a"}])
-    assert len(encode_rows(with_columns(rows, {}), encoder, tmp_path, num_threads=num_threads).lengths) == 1
+    monkeypatch.setenv("RAYON_NUM_THREADS", "2")  # set by `prepare`; here it is put back
+    prepare(config.model_copy(update={"num_proc": num_proc}))
     assert asked == [expected]
 
 
