@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import Self, TypeVar
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -49,30 +49,10 @@ class Threads:
 
     def share(self, function: Callable[[ItemT], ResultT], pieces: Sequence[ItemT]) -> list[ResultT]:
         """What `function` gives for each of `pieces`, computed by the calling thread and by those that find no item."""
-        work = _Work(function, pieces)
-        helpers = [self._pool.submit(work.do) for _ in range(min(self._num_threads, len(pieces)) - 1)]
-        work.do()
-        for helper in helpers:
-            if not helper.cancel():  # it has begun
-                helper.result()
-        return [work.results[number] for number in range(len(pieces))]
-
-
-class _Work(Generic[ItemT, ResultT]):
-    """Pieces that several threads take from, and what became of them."""
-
-    def __init__(self, function: Callable[[ItemT], ResultT], pieces: Sequence[ItemT]) -> None:
-        self._function, self._left = function, deque(enumerate(pieces))
-        self.results: dict[int, ResultT] = {}
-
-    def do(self) -> None:
-        """Takes pieces until none is left."""
-        while True:
-            try:
-                number, piece = self._left.popleft()
-            except IndexError:
-                return
-            self.results[number] = self._function(piece)
+        helped = [self._pool.submit(function, piece) for piece in pieces]
+        # From the end, since the others begin at the start: one that has not begun is cancelled, and computed here.
+        own = {place: function(pieces[place]) for place in reversed(range(len(pieces))) if helped[place].cancel()}
+        return [own[place] if place in own else future.result() for place, future in enumerate(helped)]
 
 
 def num_cores() -> int:
