@@ -75,13 +75,13 @@ def open_fast(backend: Tokenizer, control_tokens: Iterable[str]) -> FastEncoder 
     except Exception as error:  # its own classes, none documented: a part that it does not know is no mistake of ours
         logger.info("fastokens cannot be used with this tokenizer: %s.", error)
         return None
-    if not encoder.is_right(_odd_texts(list(control_tokens))):
+    if not encoder.is_right(odd_texts(list(control_tokens))):
         logger.info("fastokens is not used: it gives other ids than this tokenizer.")
         return None
     return encoder
 
 
-def _odd_texts(control_tokens: list[str]) -> list[str]:
+def odd_texts(control_tokens: list[str]) -> list[str]:
     """Pairs of pieces, beside control tokens and beside letters, and longer chains: about 2,500 texts."""
     marks = [*control_tokens[:2], *control_tokens[-2:]]
     pairs = [f"{first}{second}{first}" for first in _PIECES for second in _PIECES]

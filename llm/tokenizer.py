@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer, decoders, models, normalizers
 
+from llm.ascii_tokenizer import AsciiTokenizer, byte_characters, open_ascii
 from llm.errors import ConfigError, loading_reason
 from llm.events import libraries_told_here
 from llm.fast_tokenizer import FastEncoder, TokenIds, open_fast
@@ -200,6 +201,10 @@ class PromptTokenizer:
         return self.decode(self.encode([probe])) == [probe]
 
     @cached_property
+    def _ascii(self) -> AsciiTokenizer | None:
+        return open_ascii(self._backend, self.control_tokens)
+
+    @cached_property
     def _composer(self) -> normalizers.NFC | None:
         normalizer = self._backend.normalizer
         return normalizer if isinstance(normalizer, normalizers.NFC) else None
@@ -253,7 +258,11 @@ class PromptTokenizer:
         return Tokenizer.from_str(_with_names(self._backend.to_str(), names)), {}
 
     def _encode_plain(self, texts: Sequence[str]) -> list[TokenIds]:
-        return [array("I", one.ids) for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if self._ascii:
+            encoded = self._ascii.encode(texts)
+        else:
+            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [array("I", one.ids) for one in encoded]
 
     def _encode_kept(self, text: str) -> TokenIds:
         for token, number in self._by_length:
@@ -278,14 +287,7 @@ def _with_names(tokenizer: str, names: Mapping[str, str]) -> str:
     return json.dumps(facts)
 
 
-def _byte_characters() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte (openai/gpt-2 `encoder.py`)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTES = _byte_characters()
+_BYTES = {character: byte for byte, character in enumerate(byte_characters())}
 
 
 def _token_bytes(token: str) -> bytes:

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import TOKENIZERS
+from conftest import TOKENIZERS, byte_level_tokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm.stored_tokenizer import StoredTokenizer, read_stored, stored_path, write_stored
@@ -80,6 +82,69 @@ def test_damaged_file_is_built_anew_and_put_right(damage: str, tmp_path: Path, c
     assert read_stored(path, model) is None
     assert load_prompt_tokenizer(model).fingerprint == right
     assert path.read_text() == text
+
+
+def kept_and_built(tokenizer: Tokenizer, folder: Path) -> tuple[Tokenizer, Tokenizer]:
+    """What is read again, and a copy that our code never touches."""
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    write_stored(folder / "kept", whole)
+    stored = read_stored(folder / "kept", "a model")
+    assert stored is not None
+    return stored.backend_tokenizer, Tokenizer.from_str(whole.backend_tokenizer.to_str())
+
+
+def ids(tokenizer: Tokenizer, *texts: str) -> list[list[int]]:
+    return [one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def test_words_are_looked_up_where_merging_ends_there_too(tmp_path: Path) -> None:
+    kept, built = kept_and_built(byte_level_tokenizer().backend_tokenizer, tmp_path)
+    assert kept.model.ignore_merges and not built.model.ignore_merges
+    words = [text for text, _ in sorted(built.get_vocab().items())]
+    assert ids(kept, *TEXTS, *words) == ids(built, *TEXTS, *words)
+    renamed = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=kept))
+    as_text = [renamed.keep_as_text(text) for text in ("</s>", "a<s> </s>4</s>")]
+    right = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=built))
+    assert renamed.encode(as_text) == right.encode(as_text)
+
+
+def with_words(words: dict[str, int], merges: list[tuple[str, str]], **model: Any) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=merges, **model))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+WORDS = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5, "<": 6, "s": 7, ">": 8, "<s>": 9}
+
+
+def test_words_that_merging_does_not_reach_are_merged_as_before(tmp_path: Path) -> None:
+    # `abc` becomes `ab`, `c`: there is no merge of these two.
+    kept, built = kept_and_built(with_words(WORDS, [("a", "b"), ("b", "c"), ("a", "bc")]), tmp_path)
+    assert ids(kept, "abc", "ab bc") == ids(built, "abc", "ab bc") == [[3, 2], [3, 4]]
+
+
+def test_control_token_that_another_text_becomes_is_no_word(tmp_path: Path) -> None:
+    tokenizer = with_words({name: n for name, n in WORDS.items() if name != "abc"}, [("a", "b"), ("b", "c")])
+    kept, _ = kept_and_built(tokenizer, tmp_path)
+    assert not kept.model.ignore_merges, "`<s>` is a word like others"
+    tokenizer.add_special_tokens([AddedToken("<s>", normalized=False)])
+    kept, built = kept_and_built(tokenizer, tmp_path)
+    assert kept.model.ignore_merges and ids(kept, "<s> ab") == ids(built, "<s> ab") == [[9, 3]]
+    tokenizer.normalizer = normalizers.Lowercase()
+    kept, built = kept_and_built(tokenizer, tmp_path)
+    assert ids(kept, "<S> ab") == ids(built, "<S> ab") == [[6, 7, 8, 3]]
+    tokenizer.normalizer = normalizers.Sequence([])
+    facts = json.loads(tokenizer.to_str())
+    facts["added_tokens"][0]["single_word"], facts["normalizer"] = True, None
+    tokenizer = Tokenizer.from_str(json.dumps(facts))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("a", "removed")
+    kept, built = kept_and_built(tokenizer, tmp_path)
+    assert ids(kept, "a<s>a") == ids(built, "a<s>a") == [[6, 7, 8]]
+
+
+def test_random_merges_are_left_alone(tmp_path: Path) -> None:
+    kept, _ = kept_and_built(with_words({"a": 0, "b": 1, "ab": 2}, [("a", "b")], dropout=0.5), tmp_path)
+    assert not kept.model.ignore_merges
 
 
 def test_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

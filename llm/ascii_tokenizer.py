@@ -1,0 +1,190 @@
+"""Ids of ASCII texts from a byte-level tokenizer, the same in two thirds of the time.
+
+Such a tokenizer splits a text into words, writes each in characters that stand for its bytes (`Ġ` for a space), and
+looks that up; writing word by word takes the library nearly as long as all the rest. In ASCII a character is a byte:
+the whole text can be written first, and split by the same patterns, which are written in these characters as well.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+from unicodedata import category
+
+from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from llm.fast_tokenizer import odd_texts
+
+
+def byte_characters() -> list[str]:
+    """The printable character that byte-level BPE writes for each byte (openai/gpt-2 `encoder.py`)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = (chr(256 + n) for n in range(256))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+_BYTES = byte_characters()
+_WRITTEN: dict[str, str] = {chr(byte): _BYTES[byte] for byte in (*b"\t\n\r", *range(ord(" "), ord("~") + 1))}
+_TABLE = "".join(_WRITTEN.get(chr(byte), "\ufffe") for byte in range(256))  # U+FFFE: an error
+_IN_NO_TEXT = _BYTES[0]
+_KEEP_ASCII = (type(None), normalizers.NFC, normalizers.NFD, normalizers.NFKC, normalizers.NFKD)
+
+# By what the ByteLevel pre-tokenizer splits (huggingface/tokenizers, byte_level.rs).
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# And where each digit is split off before, as SmolLM and StarCoder have it: a fifth faster than to split twice.
+_DIGITS_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+_DIGITS = {"type": "Digits", "individual_digits": True}
+
+_AFTER = f"[^\0-{max(_BYTES)}]"  # no byte is written as such a character
+_RANGE = f"[0-9]-[0-9]|[A-Z]-[A-Z]|[a-z]-[a-z]|{_AFTER}-{_AFTER}"
+_PART = re.compile(rf"\\p\{{\w+\}}|\\.|\(\?i:['a-z|\[\]]+\)|\(\?[:=!>]?|\[\^?|{_RANGE}|&&|.", re.DOTALL)
+_ONE_CHARACTER = {r"\t": "\t", r"\n": "\n", r"\r": "\r"}
+
+
+class _CannotWrite(Exception):
+    """A part of a tokenizer of which is not known what it does with written texts."""
+
+
+class AsciiTokenizer:
+    """Encodes as `backend` does; faster where a text is printable ASCII, tabs and line breaks alone."""
+
+    def __init__(self, backend: Tokenizer, writing: Tokenizer) -> None:
+        """Use `open_ascii`; `writing` takes written texts."""
+        self._backend, self._writing = backend, writing
+
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """An encoding of each text, nothing added. Only its ids are those of `backend`."""
+        written = [_written(text) for text in texts]
+        unwritten = [text for text, one in zip(texts, written, strict=True) if one is None]
+        fast = iter(
+            self._writing.encode_batch_fast([one for one in written if one is not None], add_special_tokens=False)
+        )
+        slow = iter(self._backend.encode_batch_fast(unwritten, add_special_tokens=False))
+        return [next(slow if one is None else fast) for one in written]
+
+
+def open_ascii(backend: Tokenizer, control_tokens: Iterable[str]) -> AsciiTokenizer | None:
+    """An encoder that gives the ids of `backend`; None where that is no byte-level BPE, or has unknown parts.
+
+    Its ids of many odd texts were compared.
+    """
+    try:
+        encoder = AsciiTokenizer(backend, _writing_tokenizer(backend))
+    except _CannotWrite:
+        return None
+    texts = odd_texts(list(control_tokens))
+    right = backend.encode_batch_fast(texts, add_special_tokens=False)
+    is_right = all(one.ids == other.ids for one, other in zip(encoder.encode(texts), right, strict=True))
+    return encoder if is_right else None
+
+
+def _written(text: str) -> str | None:
+    """`text` in the characters of its bytes; None where it holds others than those of `_WRITTEN`."""
+    if not text.isascii():
+        return None
+    try:
+        return codecs.charmap_decode(text.encode(), "strict", _TABLE)[0]  # as encodings/cp1252.py has it
+    except UnicodeDecodeError:
+        return None
+
+
+def _writing_tokenizer(backend: Tokenizer) -> Tokenizer:
+    """The tokenizer of written texts: the same model, added tokens and splits."""
+    model = backend.model
+    if not isinstance(model, models.BPE) or model.dropout or not isinstance(backend.normalizer, _KEEP_ASCII):
+        raise _CannotWrite
+    writing = Tokenizer(model)  # shared
+    writing.pre_tokenizer = pre_tokenizers.Sequence([*_splits(backend.pre_tokenizer)])
+    added = dict(sorted(backend.get_added_tokens_decoder().items()))
+    for token in added.values():
+        if token.lstrip or token.rstrip or token.single_word:
+            raise _CannotWrite
+        token.content = _written_token(token.content)
+    writing.add_tokens([*added.values()])
+    if backend.encode_special_tokens or any(writing.token_to_id(token.content) != n for n, token in added.items()):
+        raise _CannotWrite
+    return writing
+
+
+def _written_token(content: str) -> str:
+    """What stands in written texts where `content` stands in texts; as it is where that is in neither."""
+    written = _written(content)
+    if written is None and set(content) <= set(_BYTES):
+        raise _CannotWrite
+    return content if written is None else written
+
+
+def _splits(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> Iterator[pre_tokenizers.PreTokenizer]:
+    """What splits a written text where `pre_tokenizer`, whose last part writes, splits the text."""
+    *parts, last = _parts(pre_tokenizer)
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        raise _CannotWrite
+    if last["use_regex"] and parts == [_DIGITS]:
+        parts = [_isolated(_DIGITS_GPT2_PATTERN)]
+    elif last["use_regex"]:
+        parts.append(_isolated(_GPT2_PATTERN))
+    for part in parts:
+        if part["type"] == "Digits":
+            yield pre_tokenizers.Digits(individual_digits=part["individual_digits"])
+        elif part["type"] == "Split" and "Regex" in part["pattern"]:
+            pattern = Regex(_written_pattern(part["pattern"]["Regex"]))
+            behavior = re.sub("(?<=.)(?=[A-Z])", "_", part["behavior"]).lower()  # MergedWithNext -> merged_with_next
+            yield pre_tokenizers.Split(pattern, behavior, part["invert"])
+        else:
+            raise _CannotWrite
+
+
+def _parts(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> list[dict[str, Any]]:
+    """The parts and what each is made with, which the JSON of a tokenizer says."""
+    holder = Tokenizer(models.BPE())
+    if pre_tokenizer is not None:
+        holder.pre_tokenizer = pre_tokenizer
+    facts: dict[str, Any] = json.loads(holder.to_str())["pre_tokenizer"] or {"type": None}
+    return facts.get("pretokenizers") or [facts]
+
+
+def _isolated(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _written_pattern(pattern: str) -> str:
+    """The pattern that finds in each written text what `pattern` finds in the text.
+
+    Its characters are written, its classes listed: `\\s` is `[ĉĊčĠ]`. Anchors and classes that would need more than
+    that (nested ones, ranges other than of letters and digits) are not known.
+    """
+    found, is_in_class = [], False
+    parts = _PART.findall(pattern)
+    for part, following in zip(parts, [*parts[1:], ""], strict=True):
+        is_opening = part.startswith("[")
+        if is_in_class:
+            is_known = not part.startswith(("[", "(?", "&&")) and (part != "-" or following == "]")
+        else:
+            is_known = part not in (*".^$", "(?") and not (is_opening and following == "]")
+        if not is_known or (not part.isascii() and not re.match(_AFTER, part)):
+            raise _CannotWrite
+        found.append(_written_part(part, is_in_class=is_in_class))
+        is_in_class = (is_in_class or is_opening) and part != "]"
+    return "".join(found)
+
+
+def _written_part(part: str, *, is_in_class: bool) -> str:
+    if not part.startswith("\\"):
+        return _WRITTEN.get(part, part)
+    if part in _ONE_CHARACTER:
+        return _WRITTEN[_ONE_CHARACTER[part]]
+    if not part[1].isalnum():
+        return part
+    members = [written for character, written in _WRITTEN.items() if _is_member(character, part)]
+    listed = "".join(map(re.escape, members)) or _IN_NO_TEXT
+    return listed if is_in_class else f"[{listed}]"
+
+
+def _is_member(character: str, escaped: str) -> bool:
+    """Whether `character` is of the class `escaped`: `\\s`, `\\S`, or a general category of Unicode."""
+    if escaped in (r"\s", r"\S"):
+        return character.isspace() == (escaped == r"\s")
+    if not re.fullmatch(r"\\p\{[LMNPSZC][a-z]?\}", escaped):
+        raise _CannotWrite
+    return category(character).startswith(escaped[3:-1])
