@@ -73,7 +73,7 @@ def open_ascii(backend: Tokenizer, control_tokens: Iterable[str]) -> AsciiTokeni
         encoder = AsciiTokenizer(backend, _writing_tokenizer(backend))
     except _CannotWrite:
         return None
-    texts = odd_texts(list(control_tokens))
+    texts = [text for text in odd_texts(list(control_tokens)) if _written(text) is not None]
     right = backend.encode_batch_fast(texts, add_special_tokens=False)
     is_right = all(one.ids == other.ids for one, other in zip(encoder.encode(texts), right, strict=True))
     return encoder if is_right else None
