@@ -64,14 +64,14 @@ class FastEncoder:
         return [ids[start:end] for start, end in itertools.pairwise(edges)]
 
 
-def open_fast(backend: Tokenizer, control_tokens: Iterable[str]) -> FastEncoder | None:
-    """An encoder that gives the ids of `backend`; None without `fastokens`, or where the two differ."""
+def open_fast(text: str, backend: Tokenizer, control_tokens: Iterable[str]) -> FastEncoder | None:
+    """An encoder made of the JSON of a tokenizer; None without `fastokens`, or where it does not do as `backend`."""
     try:
         import fastokens
     except ImportError:
         return None
     try:
-        encoder = FastEncoder(backend, fastokens.Tokenizer.from_json_str(backend.to_str()))
+        encoder = FastEncoder(backend, fastokens.Tokenizer.from_json_str(text))
     except Exception as error:  # its own classes, none documented: a part that it does not know is no mistake of ours
         logger.info("fastokens cannot be used with this tokenizer: %s.", error)
         return None

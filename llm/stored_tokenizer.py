@@ -101,14 +101,19 @@ def read_stored(path: Path, base_model: str) -> StoredTokenizer | None:
 
 
 def write_stored(path: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Keeps `tokenizer` at `path`, if its text says all of it; a disk that cannot be written to is no error."""
+    """Keeps `tokenizer` at `path`, if its text says all of it; a disk that cannot be written to is no error.
+
+    Without its truncation and padding, which preparation does not use.
+    """
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.encode_special_tokens:  # that setting is not part of the text
         return
-    text = backend.to_str()
-    copy = Tokenizer.from_str(text)
-    if copy.to_str() != text:
+    copy = Tokenizer.from_str(backend.to_str())
+    if copy.to_str() != backend.to_str():
         return
+    copy.no_truncation()
+    copy.no_padding()
+    text = copy.to_str()
     try:
         template = tokenizer.get_chat_template()
     except ValueError:

@@ -106,7 +106,8 @@ class PromptTokenizer:
         """What `use_fast` waits for: `fastokens` is opened beside what else is to be done, 0.25 s to 2 s."""
         if self._opening is None:
             pool = ThreadPoolExecutor(max_workers=1)
-            self._opening = pool.submit(open_fast, self._backend, self.control_tokens)
+            # Of the text as it was kept: to look words up takes fastokens longer.
+            self._opening = pool.submit(open_fast, _text_of(self._tokenizer), self._backend, self.control_tokens)
             pool.shutdown(wait=False)
         return self._opening
 
@@ -240,22 +241,26 @@ class PromptTokenizer:
     def _renamed(self) -> tuple[Tokenizer, Mapping[int | None, int]]:
         """A tokenizer in which the control tokens bear private names, so that their usual names are plain text.
 
-        And the numbers here of the added tokens that have others there.
+        And the numbers here of the added tokens that have others there: the model is shared, 0.2 s less than a copy.
         """
-        names = {token: f"{_AS_MARK}{number}{_AS_MARK}" for token, number in self.control_tokens.items()}
-        model = self._backend.model
-        if isinstance(model, models.BPE) and not model.ignore_merges:
-            renamed = Tokenizer(model)  # shared: 0.2 s less than a copy
-            renamed.normalizer, renamed.pre_tokenizer = self._backend.normalizer, self._backend.pre_tokenizer
-            added = dict(sorted(self._backend.get_added_tokens_decoder().items()))
-            for token in added.values():
-                token.content = names.get(token.content, token.content)
-            renamed.add_tokens([*added.values()])
-            as_text = {token: renamed.encode(token, add_special_tokens=False).ids for token in names}
-            if not any(number in as_text[token] for token, number in self.control_tokens.items()):
-                return renamed, {renamed.token_to_id(token.content): number for number, token in added.items()}
-        # The usual name of a control token may be a word of the model: it is renamed there, too.
-        return Tokenizer.from_str(_with_names(self._backend.to_str(), names)), {}
+        if not isinstance(self._backend.model, models.BPE):
+            return self._renamed_copy, {}
+        renamed = Tokenizer(self._backend.model)
+        renamed.normalizer, renamed.pre_tokenizer = self._backend.normalizer, self._backend.pre_tokenizer
+        added = dict(sorted(self._backend.get_added_tokens_decoder().items()))
+        for token in added.values():
+            token.content = self._private_names.get(token.content, token.content)
+        renamed.add_tokens([*added.values()])
+        return renamed, {renamed.token_to_id(token.content): number for number, token in added.items()}
+
+    @cached_property
+    def _renamed_copy(self) -> Tokenizer:
+        """The same where the usual name of a control token may be a word of the model: it is renamed there, too."""
+        return Tokenizer.from_str(_with_names(self._backend.to_str(), self._private_names))
+
+    @cached_property
+    def _private_names(self) -> dict[str, str]:
+        return {token: f"{_AS_MARK}{number}{_AS_MARK}" for token, number in self.control_tokens.items()}
 
     def _encode_plain(self, texts: Sequence[str]) -> list[TokenIds]:
         if self._ascii:
@@ -265,10 +270,14 @@ class PromptTokenizer:
         return [array("I", one.ids) for one in encoded]
 
     def _encode_kept(self, text: str) -> TokenIds:
-        for token, number in self._by_length:
-            text = text.replace(token, f"{_AS_MARK}{number}{_AS_MARK}")
+        for token, _ in self._by_length:
+            text = text.replace(token, self._private_names[token])
+        text = self.unmark(text)
         renamed, numbers = self._renamed
-        return array("I", [numbers.get(n, n) for n in renamed.encode(self.unmark(text), add_special_tokens=False).ids])
+        ids = renamed.encode(text, add_special_tokens=False).ids
+        if numbers and not (self._names.keys() - numbers.keys()).isdisjoint(ids):  # its name is a word of the model
+            return array("I", self._renamed_copy.encode(text, add_special_tokens=False).ids)
+        return array("I", [numbers.get(n, n) for n in ids])
 
 
 def _with_names(tokenizer: str, names: Mapping[str, str]) -> str:
@@ -338,6 +347,10 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase | StoredTokenizer"
         assert not isinstance(tokenizer, StoredTokenizer), "only one with a backend is kept"
         facts = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     else:  # its own JSON, whose order is fixed; padding and truncation stand before the added tokens
-        text = tokenizer.text if isinstance(tokenizer, StoredTokenizer) else backend.to_str()
-        facts = text.partition('"added_tokens"')[2]
+        facts = _text_of(tokenizer).partition('"added_tokens"')[2]
     return hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+
+def _text_of(tokenizer: "PreTrainedTokenizerBase | StoredTokenizer") -> str:
+    text: str = tokenizer.text if isinstance(tokenizer, StoredTokenizer) else tokenizer.backend_tokenizer.to_str()
+    return text

@@ -61,7 +61,8 @@ def test_tokenizer_that_fastokens_does_not_know_keeps_its_own(caplog: pytest.Log
     caplog.set_level("INFO")
     facts = json.loads(byte_level_tokenizer().backend_tokenizer.to_str())
     facts["pre_tokenizer"] = {"type": "UnicodeScripts"}
-    assert open_fast(Tokenizer.from_str(json.dumps(facts)), []) is None
+    text = json.dumps(facts)
+    assert open_fast(text, Tokenizer.from_str(text), []) is None
     assert "fastokens cannot be used with this tokenizer: " in caplog.text
 
 
