@@ -5,8 +5,8 @@
 Rows are made of passages of real text: half from the `input`, `contexts` and `response` of the parquet files in
 `--data` (if given), the rest from the topics and docstrings of this Python's standard library. Every row is a new
 selection of passages, so none repeats. Sizes: about 340 tokens a row with SmolLM2's tokenizer, log-normal, under 2048;
-three rows in ten have contexts; a quarter of the characters is response. XXX of the prompts have other characters than
-ASCII, which take our preparation longer.
+three rows in ten have contexts; a quarter of the characters is response. Of the prompts, one in six has characters
+beyond ASCII (a dash, a quotation mark, an accent), which our preparation is slower with.
 
 Writes `ours.parquet` (input, contexts, response), `trl.parquet` (the same as conversational prompt and completion) and
 `texts.jsonl` (the same rendered as ChatML).

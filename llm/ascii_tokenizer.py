@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from unicodedata import category
 
-from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
 
 from llm.fast_tokenizer import odd_texts
 
@@ -28,7 +28,7 @@ _BYTES = byte_characters()
 _WRITTEN: dict[str, str] = {chr(byte): _BYTES[byte] for byte in (*b"\t\n\r", *range(ord(" "), ord("~") + 1))}
 _TABLE = "".join(_WRITTEN.get(chr(byte), "\ufffe") for byte in range(256))  # U+FFFE: an error
 _IN_NO_TEXT = _BYTES[0]
-_KEEP_ASCII = (type(None), normalizers.NFC, normalizers.NFD, normalizers.NFKC, normalizers.NFKD)
+_KEEP_ASCII = ("NFC", "NFD", "NFKC", "NFKD")  # normalizers
 
 # By what the ByteLevel pre-tokenizer splits (huggingface/tokenizers, byte_level.rs).
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -40,6 +40,9 @@ _AFTER = f"[^\0-{max(_BYTES)}]"  # no byte is written as such a character
 _RANGE = f"[0-9]-[0-9]|[A-Z]-[A-Z]|[a-z]-[a-z]|{_AFTER}-{_AFTER}"
 _PART = re.compile(rf"\\p\{{\w+\}}|\\.|\(\?i:['a-z|\[\]]+\)|\(\?[:=!>]?|\[\^?|{_RANGE}|&&|.", re.DOTALL)
 _ONE_CHARACTER = {r"\t": "\t", r"\n": "\n", r"\r": "\r"}
+
+
+_Part = dict[str, Any]
 
 
 class _CannotWrite(Exception):
@@ -92,10 +95,11 @@ def _written(text: str) -> str | None:
 def _writing_tokenizer(backend: Tokenizer) -> Tokenizer:
     """The tokenizer of written texts: the same model, added tokens and splits."""
     model = backend.model
-    if not isinstance(model, models.BPE) or model.dropout or not isinstance(backend.normalizer, _KEEP_ASCII):
+    normalizers, splits = _parts(backend)
+    if not isinstance(model, models.BPE) or model.dropout or any(one["type"] not in _KEEP_ASCII for one in normalizers):
         raise _CannotWrite
     writing = Tokenizer(model)  # shared
-    writing.pre_tokenizer = pre_tokenizers.Sequence([*_splits(backend.pre_tokenizer)])
+    writing.pre_tokenizer = pre_tokenizers.Sequence([*_splits(splits)])
     added = dict(sorted(backend.get_added_tokens_decoder().items()))
     for token in added.values():
         if token.lstrip or token.rstrip or token.single_word:
@@ -115,11 +119,11 @@ def _written_token(content: str) -> str:
     return content if written is None else written
 
 
-def _splits(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> Iterator[pre_tokenizers.PreTokenizer]:
-    """What splits a written text where `pre_tokenizer`, whose last part writes, splits the text."""
-    *parts, last = _parts(pre_tokenizer)
-    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+def _splits(parts: Sequence[_Part]) -> Iterator[pre_tokenizers.PreTokenizer]:
+    """What splits a written text where `parts` split the text; the last of them writes it."""
+    if not parts or parts[-1]["type"] != "ByteLevel" or parts[-1]["add_prefix_space"]:
         raise _CannotWrite
+    *parts, last = parts
     if last["use_regex"] and parts == [_DIGITS]:
         parts = [_isolated(_DIGITS_GPT2_PATTERN)]
     elif last["use_regex"]:
@@ -135,16 +139,19 @@ def _splits(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> Iterator[pre_t
             raise _CannotWrite
 
 
-def _parts(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> list[dict[str, Any]]:
-    """The parts and what each is made with, which the JSON of a tokenizer says."""
-    holder = Tokenizer(models.BPE())
-    if pre_tokenizer is not None:
-        holder.pre_tokenizer = pre_tokenizer
-    facts: dict[str, Any] = json.loads(holder.to_str())["pre_tokenizer"] or {"type": None}
-    return facts.get("pretokenizers") or [facts]
+def _parts(backend: Tokenizer) -> tuple[list[_Part], list[_Part]]:
+    """Normalizers and pre-tokenizers, and what each is made with: only the JSON of a tokenizer says that."""
+    small = Tokenizer(models.BPE())
+    if backend.normalizer:
+        small.normalizer = backend.normalizer
+    if backend.pre_tokenizer:
+        small.pre_tokenizer = backend.pre_tokenizer
+    facts = json.loads(small.to_str())
+    found = (facts["normalizer"] or {"normalizers": []}, facts["pre_tokenizer"] or {"pretokenizers": []})
+    return found[0].get("normalizers", [found[0]]), found[1].get("pretokenizers", [found[1]])
 
 
-def _isolated(pattern: str) -> dict[str, Any]:
+def _isolated(pattern: str) -> _Part:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
