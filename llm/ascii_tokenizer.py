@@ -39,8 +39,7 @@ _DIGITS = {"type": "Digits", "individual_digits": True}
 _AFTER = f"[^\0-{max(_BYTES)}]"  # no byte is written as such a character
 _RANGE = f"[0-9]-[0-9]|[A-Z]-[A-Z]|[a-z]-[a-z]|{_AFTER}-{_AFTER}"
 _PART = re.compile(rf"\\p\{{\w+\}}|\\.|\(\?i:['a-z|\[\]]+\)|\(\?[:=!>]?|\[\^?|{_RANGE}|&&|.", re.DOTALL)
-_ONE_CHARACTER = {r"\t": "\t", r"\n": "\n", r"\r": "\r"}
-
+_ONE_CHARACTER = {r"\t": "\t", r"\n": "\n", r"\r": "\r", r"\ ": " "}
 
 _Part = dict[str, Any]
 
@@ -132,9 +131,8 @@ def _splits(parts: Sequence[_Part]) -> Iterator[pre_tokenizers.PreTokenizer]:
         if part["type"] == "Digits":
             yield pre_tokenizers.Digits(individual_digits=part["individual_digits"])
         elif part["type"] == "Split" and "Regex" in part["pattern"]:
-            pattern = Regex(_written_pattern(part["pattern"]["Regex"]))
             behavior = re.sub("(?<=.)(?=[A-Z])", "_", part["behavior"]).lower()  # MergedWithNext -> merged_with_next
-            yield pre_tokenizers.Split(pattern, behavior, part["invert"])
+            yield pre_tokenizers.Split(_compiled(_written_pattern(part["pattern"]["Regex"])), behavior, part["invert"])
         else:
             raise _CannotWrite
 
@@ -142,13 +140,20 @@ def _splits(parts: Sequence[_Part]) -> Iterator[pre_tokenizers.PreTokenizer]:
 def _parts(backend: Tokenizer) -> tuple[list[_Part], list[_Part]]:
     """Normalizers and pre-tokenizers, and what each is made with: only the JSON of a tokenizer says that."""
     small = Tokenizer(models.BPE())
-    if backend.normalizer:
+    if backend.normalizer is not None:
         small.normalizer = backend.normalizer
-    if backend.pre_tokenizer:
+    if backend.pre_tokenizer is not None:
         small.pre_tokenizer = backend.pre_tokenizer
     facts = json.loads(small.to_str())
     found = (facts["normalizer"] or {"normalizers": []}, facts["pre_tokenizer"] or {"pretokenizers": []})
     return found[0].get("normalizers", [found[0]]), found[1].get("pretokenizers", [found[1]])
+
+
+def _compiled(pattern: str) -> Regex:
+    try:
+        return Regex(pattern)
+    except Exception as error:  # Oniguruma's, of no class of its own: the tokenizer itself can still be used
+        raise _CannotWrite from error
 
 
 def _isolated(pattern: str) -> _Part:
@@ -181,7 +186,7 @@ def _written_part(part: str, *, is_in_class: bool) -> str:
         return _WRITTEN.get(part, part)
     if part in _ONE_CHARACTER:
         return _WRITTEN[_ONE_CHARACTER[part]]
-    if not part[1].isalnum():
+    if part[1].isprintable() and not part[1].isalnum():
         return part
     members = [written for character, written in _WRITTEN.items() if _is_member(character, part)]
     listed = "".join(map(re.escape, members)) or _IN_NO_TEXT

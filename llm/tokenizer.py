@@ -238,20 +238,24 @@ class PromptTokenizer:
         return sorted(self.control_tokens.items(), key=lambda item: -len(item[0]))
 
     @cached_property
-    def _renamed(self) -> tuple[Tokenizer, Mapping[int | None, int]]:
+    def _renamed(self) -> tuple[Tokenizer, Mapping[int, int]]:
         """A tokenizer in which the control tokens bear private names, so that their usual names are plain text.
 
         And the numbers here of the added tokens that have others there: the model is shared, 0.2 s less than a copy.
         """
-        if not isinstance(self._backend.model, models.BPE):
+        model = self._backend.model
+        if not isinstance(model, models.BPE):
             return self._renamed_copy, {}
-        renamed = Tokenizer(self._backend.model)
+        renamed = Tokenizer(model)
         renamed.normalizer, renamed.pre_tokenizer = self._backend.normalizer, self._backend.pre_tokenizer
         added = dict(sorted(self._backend.get_added_tokens_decoder().items()))
         for token in added.values():
             token.content = self._private_names.get(token.content, token.content)
         renamed.add_tokens([*added.values()])
-        return renamed, {renamed.token_to_id(token.content): number for number, token in added.items()}
+        others = ((renamed.token_to_id(token.content), number) for number, token in added.items())
+        numbers = {other: number for other, number in others if other is not None}
+        is_other_word = any(model.id_to_token(other) for other, number in numbers.items() if other != number)
+        return (self._renamed_copy, {}) if is_other_word else (renamed, numbers)
 
     @cached_property
     def _renamed_copy(self) -> Tokenizer:

@@ -51,6 +51,7 @@ PUBLISHED: dict[str, PreTokenizer] = {
         rf"\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{END}"
     ),
     "deepseek-v3": split(r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK),
+    "escaped": split(r"\.\ \[+|[\]\ ]+"),
     "words removed": Sequence(
         [Split(Regex(r"[\S-]+"), "removed", invert=True), ByteLevel(add_prefix_space=False, use_regex=False)]
     ),
@@ -150,7 +151,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> Tokenizer:
         "(?i: a)",
         "(?<= )a",
     ]
-    + ["(?x) a", "é", "[à-é]", r"\x20", "[]a]", "[^]a]"],
+    + ["(?x) a", "é", "[à-é]", r"\x20", "\\\t", "[]a]", "[^]a]"],
 )
 def test_pattern_that_is_not_known_is_left_to_the_tokenizer(pattern: str) -> None:
     assert open_ascii(trained(split(pattern)), []) is None
@@ -197,6 +198,11 @@ def test_encoder_that_differs_on_odd_texts_is_not_used(monkeypatch: pytest.Monke
     assert open_ascii(backend, []) is not None
     monkeypatch.setattr(ascii_tokenizer, "_DIGITS_GPT2_PATTERN", ascii_tokenizer._GPT2_PATTERN)
     assert open_ascii(backend, []) is None
+
+
+def test_pattern_that_cannot_be_compiled_is_left_to_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ascii_tokenizer, "_written_pattern", lambda pattern: f"({pattern}")
+    assert open_ascii(trained(GPT2), []) is None
 
 
 def test_prompt_tokenizer_encodes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,14 @@ def test_control_token_that_the_model_knows_as_a_word_is_kept_as_text(model: mod
     assert ids.tolist() == [2, 3, 4, 5, 6, 1]
 
 
+def test_numbers_with_gaps_stay_those_of_their_words() -> None:
+    backend = Tokenizer(models.BPE({"</s>": 0, "a": 1, "<": 2, "/": 4, "s": 5, ">": 6}, []))  # no 3; 6 are words
+    backend.add_special_tokens(["</s>"])
+    tokenizer = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    [ids] = tokenizer.encode([f"{tokenizer.keep_as_text('a</s>')}</s>"])
+    assert ids.tolist() == [1, 2, 4, 5, 6, 0]
+
+
 def test_control_token_of_one_character_is_kept_as_text() -> None:
     backend = Tokenizer(models.BPE({"a": 0, "@": 1, "<0x40>": 2}, [], byte_fallback=True))
     backend.add_special_tokens(["@"])
