@@ -95,7 +95,7 @@ def _writing_tokenizer(backend: Tokenizer) -> Tokenizer:
     """The tokenizer of written texts: the same model, added tokens and splits."""
     model = backend.model
     normalizers, splits = _parts(backend)
-    if not isinstance(model, models.BPE) or model.dropout or any(one["type"] not in _KEEP_ASCII for one in normalizers):
+    if not isinstance(model, models.BPE) or any(one["type"] not in _KEEP_ASCII for one in normalizers):
         raise _CannotWrite
     writing = Tokenizer(model)  # shared
     writing.pre_tokenizer = pre_tokenizers.Sequence([*_splits(splits)])

@@ -138,7 +138,7 @@ def _has_words_as_tokens(tokenizer: Tokenizer) -> bool:
     Tried with every token. But for added ones that no other text is written as: they are found before there are words.
     """
     model = tokenizer.model
-    if not isinstance(model, models.BPE) or model.dropout:
+    if not isinstance(model, models.BPE):
         return False
     added = [] if tokenizer.normalizer else tokenizer.get_added_tokens_decoder().values()
     found_before = {token.content for token in added if not token.single_word and _ONLY_ITSELF.fullmatch(token.content)}

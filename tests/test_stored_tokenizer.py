@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import TOKENIZERS, byte_level_tokenizer
@@ -110,8 +109,8 @@ def test_words_are_looked_up_where_merging_ends_there_too(tmp_path: Path) -> Non
     assert renamed.encode(as_text) == right.encode(as_text)
 
 
-def with_words(words: dict[str, int], merges: list[tuple[str, str]], **model: Any) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=merges, **model))
+def with_words(words: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
@@ -144,9 +143,12 @@ def test_control_token_that_another_text_becomes_is_no_word(tmp_path: Path) -> N
     assert ids(kept, "a<s>a") == ids(built, "a<s>a") == [[6, 7, 8]]
 
 
-def test_random_merges_are_left_alone(tmp_path: Path) -> None:
-    kept, _ = kept_and_built(with_words({"a": 0, "b": 1, "ab": 2}, [("a", "b")], dropout=0.5), tmp_path)
-    assert not kept.model.ignore_merges
+def test_control_token_that_a_space_is_written_as_is_no_word(tmp_path: Path) -> None:
+    tokenizer = with_words({"Ġ": 0, "a": 1, "b": 2, "ab": 3, "Ġab": 4}, [("a", "b")])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken("Ġab", normalized=False)])
+    kept, built = kept_and_built(tokenizer, tmp_path)
+    assert ids(kept, " ab") == ids(built, " ab") == [[0, 3]]
 
 
 def test_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
