@@ -176,12 +176,12 @@ def _written_pattern(pattern: str) -> str:
             is_known = part not in (*".^$", "(?") and not (is_opening and following == "]")
         if not is_known or (not part.isascii() and not re.match(_AFTER, part)):
             raise _CannotWrite
-        found.append(_written_part(part, is_in_class=is_in_class))
+        found.append(_written_part(part))
         is_in_class = (is_in_class or is_opening) and part != "]"
     return "".join(found)
 
 
-def _written_part(part: str, *, is_in_class: bool) -> str:
+def _written_part(part: str) -> str:
     if not part.startswith("\\"):
         return _WRITTEN.get(part, part)
     if part in _ONE_CHARACTER:
@@ -190,7 +190,7 @@ def _written_part(part: str, *, is_in_class: bool) -> str:
         return part
     members = [written for character, written in _WRITTEN.items() if _is_member(character, part)]
     listed = "".join(map(re.escape, members)) or _IN_NO_TEXT
-    return listed if is_in_class else f"[{listed}]"
+    return f"[{listed}]"  # within another class, too: Oniguruma takes that for one
 
 
 def _is_member(character: str, escaped: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import CORPUS, TOKENIZERS, byte_level_tokenizer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
@@ -103,6 +103,7 @@ def ids_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @given(text=TEXTS)
+@example(text="aStaSA aAs \t\n\r\n  1 12345 's'S {x}--~/\n")
 def test_written_text_is_split_into_the_words_of_the_text(name: str, text: str) -> None:
     if (as_bytes := ascii_tokenizer._written(text)) is None:
         assert set(text) & {"\0", "\x1c"}
@@ -181,6 +182,8 @@ def test_model_or_added_tokens_that_read_more_than_the_text_are_left_alone() -> 
     assert open_ascii(byte_level_tokenizer().backend_tokenizer, []) is not None
     assert open_ascii(changed(lambda facts: facts["model"].update(dropout=0.1)), []) is None
     assert open_ascii(changed(lambda facts: facts.update(normalizer={"type": "Lowercase"})), []) is None
+    replace = {"type": "Replace", "pattern": {"String": "Zebra"}, "content": "x"}
+    assert open_ascii(changed(lambda facts: facts.update(normalizer=replace)), []) is None
     for name in ("lstrip", "rstrip", "single_word"):
         assert open_ascii(changed(lambda facts, name=name: facts["added_tokens"][3].update({name: True})), []) is None
     backend = byte_level_tokenizer().backend_tokenizer
