@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from unicodedata import category
 
-from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from llm.fast_tokenizer import odd_texts
+from llm.fast_tokenizer import TokenIds, first_difference, library_ids, odd_texts
 
 
 def byte_characters() -> list[str]:
@@ -55,14 +55,12 @@ class AsciiTokenizer:
         """Use `open_ascii`; `writing` takes written texts."""
         self._backend, self._writing = backend, writing
 
-    def encode(self, texts: Sequence[str]) -> list[Encoding]:
-        """An encoding of each text, nothing added. Only its ids are those of `backend`."""
+    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
+        """The ids of each text, nothing added."""
         written = [_written(text) for text in texts]
         unwritten = [text for text, one in zip(texts, written, strict=True) if one is None]
-        fast = iter(
-            self._writing.encode_batch_fast([one for one in written if one is not None], add_special_tokens=False)
-        )
-        slow = iter(self._backend.encode_batch_fast(unwritten, add_special_tokens=False))
+        fast = iter(library_ids(self._writing, [one for one in written if one is not None]))
+        slow = iter(library_ids(self._backend, unwritten))
         return [next(slow if one is None else fast) for one in written]
 
 
@@ -76,9 +74,8 @@ def open_ascii(backend: Tokenizer, control_tokens: Iterable[str]) -> AsciiTokeni
     except _CannotWrite:
         return None
     texts = [text for text in odd_texts(list(control_tokens)) if _written(text) is not None]
-    right = backend.encode_batch_fast(texts, add_special_tokens=False)
-    is_right = all(one.ids == other.ids for one, other in zip(encoder.encode(texts), right, strict=True))
-    return encoder if is_right else None
+    wrong = first_difference(list(zip(texts, encoder.encode(texts), strict=True)), backend)
+    return encoder if wrong is None else None
 
 
 def _written(text: str) -> str | None:

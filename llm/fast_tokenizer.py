@@ -45,7 +45,7 @@ class FastEncoder:
         first, self._num_left = self._num_left, max(0, self._num_left - len(texts))  # before other threads come
         encoded = self._encode(texts)
         pairs = list(zip(texts, encoded, strict=True))
-        if (wrong := _first_difference(pairs[:first] + pairs[first::_ONE_IN], self._backend)) is not None:
+        if (wrong := first_difference(pairs[:first] + pairs[first::_ONE_IN], self._backend)) is not None:
             raise DataError(
                 f"fastokens gives other ids than the tokenizer of the model for the text {wrong[:80]!r}. "
                 "Set `fast_tokenizer: false`."
@@ -54,7 +54,7 @@ class FastEncoder:
 
     def is_right(self, texts: Sequence[str]) -> bool:
         """Whether all ids of `texts` are those of `backend`."""
-        return _first_difference(list(zip(texts, self._encode(texts), strict=True)), self._backend) is None
+        return first_difference(list(zip(texts, self._encode(texts), strict=True)), self._backend) is None
 
     def _encode(self, texts: Sequence[str]) -> list[TokenIds]:
         flat, offsets = self._fast.encode_batch_flat(list(texts), add_special_tokens=False)
@@ -90,7 +90,12 @@ def odd_texts(control_tokens: list[str]) -> list[str]:
     return [*pairs, *marked, *chains, "", "a" * 5000, " " * 5000, "日" * 3000]
 
 
-def _first_difference(pairs: Sequence[tuple[str, TokenIds]], backend: Tokenizer) -> str | None:
+def first_difference(pairs: Sequence[tuple[str, TokenIds]], backend: Tokenizer) -> str | None:
     """The first text whose ids are not those of `backend`."""
-    expected = backend.encode_batch_fast([text for text, _ in pairs], add_special_tokens=False)
-    return next((text for (text, ids), right in zip(pairs, expected, strict=True) if ids.tolist() != right.ids), None)
+    expected = library_ids(backend, [text for text, _ in pairs])
+    return next((text for (text, ids), right in zip(pairs, expected, strict=True) if ids != right), None)
+
+
+def library_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[TokenIds]:
+    """The ids of each text, control tokens recognised, nothing added."""
+    return [array("I", one.ids) for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

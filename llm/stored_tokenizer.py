@@ -108,8 +108,9 @@ def write_stored(path: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.encode_special_tokens:  # that setting is not part of the text
         return
-    copy = Tokenizer.from_str(backend.to_str())
-    if copy.to_str() != backend.to_str():
+    text = backend.to_str()
+    copy = Tokenizer.from_str(text)
+    if copy.to_str() != text:
         return
     copy.no_truncation()
     copy.no_padding()

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from llm.ascii_tokenizer import AsciiTokenizer, byte_characters, open_ascii
 from llm.errors import ConfigError, loading_reason
 from llm.events import libraries_told_here
-from llm.fast_tokenizer import FastEncoder, TokenIds, open_fast
+from llm.fast_tokenizer import FastEncoder, TokenIds, library_ids, open_fast
 from llm.model_files import damaged_file
 from llm.model_registry import check_hub_answers, check_is_reachable
 from llm.stored_tokenizer import StoredTokenizer, read_stored, stored_path, write_stored
@@ -267,11 +267,7 @@ class PromptTokenizer:
         return {token: f"{_AS_MARK}{number}{_AS_MARK}" for token, number in self.control_tokens.items()}
 
     def _encode_plain(self, texts: Sequence[str]) -> list[TokenIds]:
-        if self._ascii:
-            encoded = self._ascii.encode(texts)
-        else:
-            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [array("I", one.ids) for one in encoded]
+        return self._ascii.encode(texts) if self._ascii else library_ids(self._backend, texts)
 
     def _encode_kept(self, text: str) -> TokenIds:
         for token, _ in self._by_length:
